@@ -1,0 +1,128 @@
+"""ConvNN attention: neighbours are found, and weighted, by learned projections."""
+import math
+
+import torch
+import torch.nn as nn
+
+from convnn_timm.ops import knn, neighbor_conv
+from .base import NeighborLayer, map_to_tokens, with_own_first
+
+__all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
+
+# What a token scores with itself: more than any other token does by cosine, and a distance below zero.
+OWN_SCORE = {'cosine': 1.1, 'euclidean': 0.1}
+
+
+class _ConvNNAttention(NeighborLayer):
+    """Attention over the K nearest neighbours of every position.
+
+    Position t's neighbours are the candidates whose query projection is nearest to t's key projection, itself first.
+    A softmax over their K scores (cosine similarity, or negative squared distance) weighs the value projections; then
+    follow a depthwise convolution over neighbour ranks, a 1x1 convolution, and the output projection. Gradient flows
+    through the scores.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        K: Neighbours per position, itself included.
+        stride: Step between output positions; all positions stay candidates.
+        padding: Zeros around the map. Padded positions are candidates, but not outputs.
+        sampling_type: Candidates: 'all', 'random' or 'spatial', see `ConvNN2d`.
+        num_samples: See `ConvNN2d`; -1 for 'all'.
+        sample_padding: Distance of the 'spatial' grid from the border.
+        shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
+        shuffle_scale: Factor of the shuffle.
+        magnitude_type: 'cosine' similarity or squared 'euclidean' distance.
+        aggregation_type: Project features ('Col') or features with their coordinates ('Loc_Col').
+        attention_dropout: Dropout of the attention weights in training.
+        bias: Learn a bias in the depthwise and the 1x1 convolution.
+
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
+
+    Raises:
+        ValueError: As `ConvNN2d` does.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            K: int = 9,
+            stride: int = 1,
+            padding: int = 1,
+            sampling_type: str = 'all',
+            num_samples: int = -1,
+            sample_padding: int = 0,
+            shuffle_pattern: str = 'NA',
+            shuffle_scale: int = 1,
+            magnitude_type: str = 'cosine',
+            aggregation_type: str = 'Col',
+            attention_dropout: float = 0.1,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            in_channels, out_channels, K, stride, padding, sampling_type, num_samples, sample_padding, shuffle_pattern,
+            shuffle_scale, magnitude_type, aggregation_type)
+        conv = nn.Conv2d if self.axes == 2 else nn.Conv1d
+        C, O = self.token_channels, self.token_out_channels
+        self.w_q = conv(C, C, 1, bias=False, **dd)
+        self.w_k = conv(C, C, 1, bias=False, **dd)
+        self.w_v = conv(C, C, 1, bias=False, **dd)
+        self.attention_dropout = nn.Dropout(attention_dropout)
+        # Depthwise, one weight per channel and neighbour rank.
+        self.weight = nn.Parameter(torch.empty((C, 1, K) + (1,) * (self.axes - 1), **dd))
+        self.bias = nn.Parameter(torch.empty(C, **dd)) if bias else None
+        self.pointwise_conv = conv(C, O, 1, bias=bias, **dd)
+        self.w_o = conv(O, O, 1, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Depthwise weights start at 1: plain attention. (The projections initialise themselves.)"""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.K)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, size = self.enter(x)
+        x = self.aggregated(x)
+        index, attention = self._attend(x, size)
+        values = map_to_tokens(self.w_v(x))
+        y = neighbor_conv(values, index, self.weight.flatten(2), self.bias, attention, groups=self.token_channels)
+        y = y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(-1, 1)
+        return self.leave_map(self.w_o(self.pointwise_conv(y)))
+
+    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
+        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
+        x, size = self.enter(x)
+        return self._attend(self.aggregated(x), size)[0]
+
+    def _attend(self, x: torch.Tensor, size):
+        """Neighbours (B, Q, K) of the kept positions of the padded map x, and their attention weights."""
+        B, queries = x.shape[0], self.queries(size, x.device)
+        key = map_to_tokens(self.w_k(x)).index_select(1, queries)
+        score = torch.full((B, len(queries), 1), OWN_SCORE[self.magnitude_type], dtype=key.dtype, device=x.device)
+        index = with_own_first(queries, None, B)
+        if self.K > 1:
+            positions, own_place = self.candidates(size, queries, equal_padding=self.aggregation_type == 'Col')
+            query = map_to_tokens(self.w_q(x)).index_select(1, positions)
+            place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
+            index = with_own_first(queries, positions[place], B)
+            score = torch.cat([score.to(others.dtype), others], dim=-1)
+        return index, self.attention_dropout(score.softmax(dim=-1))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ('' if self.bias is not None else ', bias=False')
+
+
+class ConvNNAttention1d(_ConvNNAttention):
+    __doc__ = _ConvNNAttention.__doc__.replace('of every position.', 'of every position of a sequence (B, C, T).', 1)
+    axes = 1
+
+
+class ConvNNAttention2d(_ConvNNAttention):
+    __doc__ = _ConvNNAttention.__doc__.replace('of every position.', 'of every position of an image (B, C, H, W).', 1)
+    axes = 2

@@ -1,0 +1,159 @@
+"""What ConvNN and ConvNN attention have in common: their arguments, and the way from a map to tokens and back."""
+from typing import Any, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convnn_timm.ops.knn import METRICS
+from .coordinates import append_coordinates
+from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
+from .sampling import SAMPLING_TYPES, candidate_positions, inner_positions
+
+__all__ = ['NeighborLayer', 'check_choice', 'check_input', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES']
+
+SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
+AGGREGATION_TYPES = ('Col', 'Loc_Col')
+
+
+def check_choice(name: str, value: Any, valid: Tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f'unknown {name} {value!r}, valid are {", ".join(map(repr, valid))}')
+
+
+def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
+    if x.ndim != axes + 2:
+        shape = {1: '(B, C, T)', 2: '(B, C, H, W)'}[axes]
+        raise ValueError(f'expected an input {shape} of {axes + 2} dimensions, got {tuple(x.shape)}')
+    if x.shape[1] != channels:
+        raise ValueError(f'expected {channels} input channels, got {x.shape[1]} in {tuple(x.shape)}')
+
+
+class NeighborLayer(nn.Module):
+    """Arguments, checks and token bookkeeping of a layer that selects neighbours.
+
+    Forward is `enter` (unshuffle, pad), select, aggregate, `leave` (tokens to map, shuffle). Tokens are the positions of
+    the padded map in raster order; every index speaks of them.
+    """
+    axes: int  # of the map: 1 or 2
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            K: int,
+            stride: int,
+            padding: int,
+            sampling_type: str,
+            num_samples: int,
+            sample_padding: int,
+            shuffle_pattern: str,
+            shuffle_scale: int,
+            magnitude_type: str,
+            aggregation_type: str,
+    ) -> None:
+        super().__init__()
+        check_choice('sampling_type', sampling_type, SAMPLING_TYPES)
+        check_choice('shuffle_pattern', shuffle_pattern, SHUFFLE_PATTERNS)
+        check_choice('magnitude_type', magnitude_type, METRICS)
+        check_choice('aggregation_type', aggregation_type, AGGREGATION_TYPES)
+        for name, value, least in (
+                ('in_channels', in_channels, 1), ('out_channels', out_channels, 1), ('K', K, 1), ('stride', stride, 1),
+                ('padding', padding, 0), ('sample_padding', sample_padding, 0)):
+            if value < least:
+                raise ValueError(f'{name} must be at least {least}, got {value}')
+        if shuffle_pattern != 'NA' and shuffle_scale < 1:
+            raise ValueError(f'shuffle_scale must be at least 1, got {shuffle_scale}')
+        if sampling_type == 'all' and num_samples != -1:
+            raise ValueError(
+                f"sampling_type='all' takes every token: leave num_samples at -1 (got {num_samples}) "
+                f"or choose 'random' or 'spatial'")
+        if sampling_type != 'all':
+            candidates = num_samples ** self.axes if sampling_type == 'spatial' and num_samples > 0 else num_samples
+            if candidates < max(K - 1, 1):
+                raise ValueError(
+                    f'sampling_type={sampling_type!r} with num_samples={num_samples} gives {max(candidates, 0)} '
+                    f'candidates, but K={K} needs at least {max(K - 1, 1)}')
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.K = K
+        self.stride = stride
+        self.padding = padding
+        self.sampling_type = sampling_type
+        self.num_samples = num_samples
+        self.sample_padding = sample_padding
+        self.shuffle_pattern = shuffle_pattern
+        self.shuffle_scale = shuffle_scale if shuffle_pattern != 'NA' else 1
+        self.magnitude_type = magnitude_type
+        self.aggregation_type = aggregation_type
+        # Channels of a token as aggregated, and of an output token.
+        squared = self.shuffle_scale ** self.axes
+        self.token_channels = in_channels * (squared if 'B' in shuffle_pattern else 1)
+        self.token_channels += self.axes if aggregation_type == 'Loc_Col' else 0
+        self.token_out_channels = out_channels * (squared if shuffle_pattern in ('A', 'BA') else 1)
+
+    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, ...]]:
+        """Check, unshuffle and zero-pad x; return the padded map and the size of the unpadded one."""
+        check_input(x, self.axes, self.in_channels)
+        if self.shuffle_pattern in ('B', 'BA'):
+            x = unshuffle(x, self.shuffle_scale)
+        size = tuple(x.shape[2:])
+        x = F.pad(x, (self.padding,) * (2 * self.axes))
+        tokens = x.shape[2:].numel()
+        if tokens < self.K:
+            raise ValueError(
+                f'K={self.K} neighbours need as many tokens, but a map of {" x ".join(map(str, size))} with '
+                f'padding={self.padding} has {tokens}: use a larger input or a smaller K')
+        return x, size
+
+    def leave(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Tokens (B, Q, C) of the unpadded map `size` back to a map (B, C, *size / stride), shuffled."""
+        y = y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(-1, 1)
+        return self.leave_map(y)
+
+    def leave_map(self, y: torch.Tensor) -> torch.Tensor:
+        return shuffle(y, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else y
+
+    def aggregated(self, x: torch.Tensor) -> torch.Tensor:
+        """The padded map with the channels that are aggregated: with its coordinates for 'Loc_Col'."""
+        return append_coordinates(x) if self.aggregation_type == 'Loc_Col' else x
+
+    def queries(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Positions (Q,) that are kept as outputs."""
+        return inner_positions(size, self.padding, self.stride, device)
+
+    def candidates(
+            self,
+            size: Tuple[int, ...],
+            queries: torch.Tensor,
+            equal_padding: bool,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Positions (M,) that may be selected, and for every query (Q,) its own place among them or -1."""
+        device = queries.device
+        positions = candidate_positions(
+            size, self.padding, self.K - 1, self.sampling_type, self.num_samples, self.sample_padding,
+            equal_padding, self.training, device)
+        tokens = torch.Size(n + 2 * self.padding for n in size).numel()
+        place = torch.full((tokens,), -1, device=device)
+        place = place.index_copy(0, positions, torch.arange(len(positions), device=device))
+        return positions, place[queries]
+
+    def extra_repr(self) -> str:
+        text = f'{self.in_channels}, {self.out_channels}, K={self.K}, stride={self.stride}, padding={self.padding}'
+        text += f', {self.magnitude_type}, aggregation_type={self.aggregation_type}'
+        if self.sampling_type != 'all':
+            text += f', sampling_type={self.sampling_type}, num_samples={self.num_samples}'
+        if self.shuffle_pattern != 'NA':
+            text += f', shuffle_pattern={self.shuffle_pattern}, shuffle_scale={self.shuffle_scale}'
+        return text
+
+
+def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, *size) -> (B, T, C) in raster order; no copy for channels_last maps."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def with_own_first(queries: torch.Tensor, neighbors: Optional[torch.Tensor], batch: int) -> torch.Tensor:
+    """Put every query's own position (Q,) before its other neighbours (B, Q, K - 1): (B, Q, K)."""
+    own = queries.unsqueeze(-1).expand(batch, -1, -1)
+    return own if neighbors is None else torch.cat([own, neighbors], dim=-1)

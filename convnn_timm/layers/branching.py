@@ -1,0 +1,170 @@
+"""Branching: a convolution and ConvNN side by side, mixed by a 1x1 convolution."""
+from typing import Any, Dict, Type
+
+import torch
+import torch.nn as nn
+
+from .attention import ConvNNAttention1d, ConvNNAttention2d
+from .base import NeighborLayer, check_input
+from .convnn import ConvNN1d, ConvNN2d
+
+__all__ = ['Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAttention2d']
+
+
+class _Hybrid(nn.Module):
+    """Both branches see the whole input: `int(out_channels * branch_ratio)` outputs come from the neighbour layer
+    (`branch1`), the rest from a convolution (`branch2`); a 1x1 convolution (`pointwise_conv`) mixes them.
+    """
+    neighbor_layer: Type[NeighborLayer]
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int,
+            stride: int,
+            branch_ratio: float,
+            bias: bool,
+            dd: Dict[str, Any],
+            **neighbor_args,
+    ) -> None:
+        super().__init__()
+        if not 0 <= branch_ratio <= 1:
+            raise ValueError(f'branch_ratio must lie in [0, 1], got {branch_ratio}')
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, so that both branches keep the size of the map, got {kernel_size}')
+        if neighbor_args['shuffle_pattern'] in ('A', 'B') and neighbor_args['shuffle_scale'] > 1:
+            raise ValueError(
+                f"shuffle_pattern={neighbor_args['shuffle_pattern']!r} changes the size of one branch only: "
+                f"use 'BA' or 'NA'")
+        neighbor_channels = int(out_channels * branch_ratio)
+        conv_channels = out_channels - neighbor_channels
+        axes = self.neighbor_layer.axes
+        conv = nn.Conv2d if axes == 2 else nn.Conv1d
+        self.axes = axes
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.branch_ratio = branch_ratio
+        self.branch1 = self.branch2 = None
+        if neighbor_channels:
+            self.branch1 = self.neighbor_layer(
+                in_channels, neighbor_channels, stride=stride, bias=bias, **neighbor_args, **dd)
+        else:  # its arguments are checked all the same
+            self.neighbor_layer(in_channels, 1, stride=stride, **neighbor_args, device='meta')
+        if conv_channels:
+            self.branch2 = conv(
+                in_channels, conv_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias, **dd)
+        self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.axes, self.in_channels)
+        branches = [branch(x) for branch in (self.branch1, self.branch2) if branch is not None]
+        if len(branches) == 2 and branches[0].shape[2:] != branches[1].shape[2:]:
+            raise ValueError(
+                f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
+                f'({self.branch1.shuffle_scale} x {self.stride}), so that both branches give the same size')
+        return self.pointwise_conv(torch.cat(branches, dim=1) if len(branches) == 2 else branches[0])
+
+    def extra_repr(self) -> str:
+        return f'branch_ratio={self.branch_ratio}'
+
+
+_DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convolution.
+
+    Both branches see the whole input: `int(out_channels * branch_ratio)` outputs come from {layer} (`branch1`), the
+    rest from a kernel_size convolution with padding kernel_size // 2 (`branch2`), in that order.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Odd side of the convolution's window.
+        stride: Stride of both branches.
+        branch_ratio: Share of the outputs that come from {layer}, in [0, 1].
+        bias: Learn biases in both branches and the 1x1 convolution.
+        (others): Arguments of {layer}.
+
+    Raises:
+        ValueError: As {layer} does, and for an even kernel_size, a ratio outside [0, 1], a shuffle of one end only.
+    """
+
+
+class _Branching(_Hybrid):
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int = 3,
+            K: int = 9,
+            stride: int = 1,
+            padding: int = 1,
+            sampling_type: str = 'all',
+            num_samples: int = -1,
+            sample_padding: int = 0,
+            shuffle_pattern: str = 'NA',
+            shuffle_scale: int = 1,
+            magnitude_type: str = 'cosine',
+            similarity_type: str = 'Col',
+            aggregation_type: str = 'Col',
+            lambda_param: float = 0.5,
+            branch_ratio: float = 0.5,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, branch_ratio, bias, {'device': device, 'dtype': dtype},
+            K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
+            shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
+            similarity_type=similarity_type, aggregation_type=aggregation_type, lambda_param=lambda_param)
+
+
+class Branching1d(_Branching):
+    __doc__ = _DOC.format(layer='ConvNN1d', input='sequences (B, C, T)')
+    neighbor_layer = ConvNN1d
+
+
+class Branching2d(_Branching):
+    __doc__ = _DOC.format(layer='ConvNN2d', input='images (B, C, H, W)')
+    neighbor_layer = ConvNN2d
+
+
+class _BranchingAttention(_Hybrid):
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int = 3,
+            K: int = 9,
+            stride: int = 1,
+            padding: int = 1,
+            sampling_type: str = 'all',
+            num_samples: int = -1,
+            sample_padding: int = 0,
+            shuffle_pattern: str = 'NA',
+            shuffle_scale: int = 1,
+            magnitude_type: str = 'cosine',
+            aggregation_type: str = 'Col',
+            attention_dropout: float = 0.1,
+            branch_ratio: float = 0.5,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, branch_ratio, bias, {'device': device, 'dtype': dtype},
+            K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
+            shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
+            aggregation_type=aggregation_type, attention_dropout=attention_dropout)
+
+
+class BranchingAttention1d(_BranchingAttention):
+    __doc__ = _DOC.format(layer='ConvNNAttention1d', input='sequences (B, C, T)')
+    neighbor_layer = ConvNNAttention1d
+
+
+class BranchingAttention2d(_BranchingAttention):
+    __doc__ = _DOC.format(layer='ConvNNAttention2d', input='images (B, C, H, W)')
+    neighbor_layer = ConvNNAttention2d

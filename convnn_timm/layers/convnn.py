@@ -1,0 +1,179 @@
+"""ConvNN: convolution over nearest neighbours.
+
+Every position gathers its K most similar positions, by feature ('Col'), by location ('Loc') or by both ('Loc_Col'), itself
+first, and applies one weight per neighbour rank. Chosen by location alone this is an ordinary convolution.
+
+Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+"""
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
+from convnn_timm.ops.chunks import widen
+from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, map_to_tokens, with_own_first
+from .coordinates import centered_positions, similarity_coordinates
+
+__all__ = ['ConvNN1d', 'ConvNN2d']
+
+
+class _ConvNN(NeighborLayer):
+    """Convolution over the K nearest neighbours of every position.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        K: Neighbours per position, itself included.
+        stride: Step between output positions; all positions stay candidates.
+        padding: Zeros around the map. Padded positions are candidates, but not outputs.
+        sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch, from
+            torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
+            `num_samples` positions per axis. Where `num_samples` exceeds the map, all are candidates.
+        num_samples: See sampling_type; -1 for 'all'.
+        sample_padding: Distance of the 'spatial' grid from the border.
+        shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
+        shuffle_scale: Factor of the shuffle.
+        magnitude_type: 'cosine' similarity or squared 'euclidean' distance.
+        similarity_type: Compare features ('Col'), locations ('Loc') or both ('Loc_Col').
+        aggregation_type: Aggregate features ('Col') or features with their coordinates ('Loc_Col').
+        lambda_param: Weight of the features against 1 - lambda_param of the coordinates in 'Loc_Col' similarity.
+        bias: Learn a bias.
+
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
+
+    Raises:
+        ValueError: At construction for invalid arguments; in forward for a wrong rank or number of channels, a map not
+            divisible by the shuffle scale, or one with fewer tokens than K.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            K: int = 9,
+            stride: int = 1,
+            padding: int = 1,
+            sampling_type: str = 'all',
+            num_samples: int = -1,
+            sample_padding: int = 0,
+            shuffle_pattern: str = 'NA',
+            shuffle_scale: int = 1,
+            magnitude_type: str = 'cosine',
+            similarity_type: str = 'Col',
+            aggregation_type: str = 'Col',
+            lambda_param: float = 0.5,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            in_channels, out_channels, K, stride, padding, sampling_type, num_samples, sample_padding, shuffle_pattern,
+            shuffle_scale, magnitude_type, aggregation_type)
+        check_choice('similarity_type', similarity_type, SIMILARITY_TYPES)
+        self.similarity_type = similarity_type
+        self.lambda_param = lambda_param
+        # As many dimensions as a convolution's weight, so that timm can adapt its input channels.
+        shape = (self.token_out_channels, self.token_channels, K) + (1,) * (self.axes - 1)
+        self.weight = nn.Parameter(torch.empty(shape, **dd))
+        self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation of torch's convolutions."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.token_channels * self.K)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, size = self.enter(x)
+        window = self._convolution_window()
+        if window is not None:
+            return self.leave_map(self._convolve(self.aggregated(x), window))
+        index = self._select(x, size)
+        y = neighbor_conv(map_to_tokens(self.aggregated(x)), index, self.weight.flatten(2), self.bias)
+        return self.leave(y, size)
+
+    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
+        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
+        return self._select(*self.enter(x))
+
+    @torch.no_grad()
+    def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Neighbours (B, Q, K) of the kept positions of the padded map x."""
+        B, padded_size = x.shape[0], tuple(x.shape[2:])
+        if self.similarity_type == 'Loc':
+            return self._select_by_location(size, padded_size, x.device).expand(B, -1, -1)
+        return self._search(self.similarity_features(x), size)
+
+    def similarity_features(self, x: torch.Tensor) -> torch.Tensor:
+        """What is compared, of the padded map x: its features, for 'Loc_Col' scaled and joined with coordinates."""
+        if self.similarity_type != 'Loc_Col':
+            return x
+        x = widen(x)
+        features = x / (x.std(dim=tuple(range(1, x.ndim)), keepdim=True) + 1e-6)
+        coordinates = similarity_coordinates(tuple(x.shape[2:]), x.device).to(x.dtype)
+        coordinates = coordinates.expand(x.shape[0], *coordinates.shape)
+        return torch.cat([self.lambda_param * features, (1 - self.lambda_param) * coordinates], dim=1)
+
+    def _select_by_location(
+            self,
+            size: Tuple[int, ...],
+            padded_size: Tuple[int, ...],
+            device: torch.device,
+    ) -> torch.Tensor:
+        """(1, Q, K), in raster order: the same for all images, and without a search where all tokens are candidates."""
+        if self.magnitude_type == 'euclidean' and self.sampling_type == 'all':
+            p = self.padding
+            stops = tuple(p + n for n in size)
+            return grid_neighbors(padded_size, self.K, (p,) * self.axes, self.stride, stops, device).unsqueeze(0)
+        return self._search(centered_positions(padded_size, device).unsqueeze(0), size).sort(dim=-1).values
+
+    def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Neighbours by the features (B, C, *padded_size) that are compared."""
+        queries = self.queries(size, features.device)
+        if self.K == 1:
+            return with_own_first(queries, None, features.shape[0])
+        tokens = map_to_tokens(features)
+        positions, own_place = self.candidates(size, queries, equal_padding=self.similarity_type == 'Col')
+        index, _ = knn(
+            tokens.index_select(1, queries), tokens.index_select(1, positions), self.K - 1, self.magnitude_type, own_place)
+        return with_own_first(queries, positions[index], features.shape[0])
+
+    def _convolution_window(self) -> Optional[int]:
+        """Side of the window that the neighbours fill wherever they are, if they do: then this is a convolution."""
+        side = round(self.K ** (1 / self.axes))
+        is_window = (
+            self.similarity_type == 'Loc' and self.magnitude_type == 'euclidean' and self.sampling_type == 'all'
+            # The k x k nearest of a grid form a square for k = 1, 3, 5 only: a corner of 7 x 7 is farther than 4 steps.
+            and side ** self.axes == self.K and side % 2 == 1 and (self.axes == 1 or side <= 5)
+            and self.padding >= side // 2)
+        return side if is_window else None
+
+    def _convolve(self, x: torch.Tensor, window: int) -> torch.Tensor:
+        margin = self.padding - window // 2
+        for axis in range(2, x.ndim):
+            x = x.narrow(axis, margin, x.shape[axis] - 2 * margin)
+        weight = self.weight.reshape(*self.weight.shape[:2], *[window] * self.axes)
+        conv = F.conv2d if self.axes == 2 else F.conv1d
+        return conv(x, weight, self.bias, self.stride)
+
+    def extra_repr(self) -> str:
+        text = f'{super().extra_repr()}, similarity_type={self.similarity_type}'
+        if self.similarity_type == 'Loc_Col':
+            text += f', lambda_param={self.lambda_param}'
+        return text + ('' if self.bias is not None else ', bias=False')
+
+
+class ConvNN1d(_ConvNN):
+    __doc__ = _ConvNN.__doc__.replace('of every position.', 'of every position of a sequence (B, C, T).', 1)
+    axes = 1
+
+
+class ConvNN2d(_ConvNN):
+    __doc__ = _ConvNN.__doc__.replace('of every position.', 'of every position of an image (B, C, H, W).', 1)
+    axes = 2

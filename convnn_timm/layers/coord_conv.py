@@ -1,0 +1,65 @@
+"""Coordinate convolution: the plain convolution with ConvNN's coordinates and shuffles, its fair twin."""
+import torch
+import torch.nn as nn
+
+from .base import AGGREGATION_TYPES, check_choice, check_input
+from .coordinates import append_coordinates
+from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
+
+__all__ = ['CoordConv2d']
+
+
+class CoordConv2d(nn.Conv2d):
+    """Conv2d on the input with its two coordinate channels appended, between optional pixel-(un)shuffles.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the window.
+        stride: Step of the convolution.
+        padding: Zeros around the map (and its coordinates).
+        shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
+        shuffle_scale: Factor of the shuffle.
+        aggregation_type: 'Loc_Col' appends coordinates in [-1, 1] per axis, 'Col' does not.
+        bias: Learn a bias.
+
+    Raises:
+        ValueError: Unknown options; in forward a wrong rank or number of channels, or a map not divisible by the scale.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: int = 3,
+            stride: int = 1,
+            padding: int = 1,
+            shuffle_pattern: str = 'NA',
+            shuffle_scale: int = 1,
+            aggregation_type: str = 'Col',
+            bias: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        check_choice('shuffle_pattern', shuffle_pattern, SHUFFLE_PATTERNS)
+        check_choice('aggregation_type', aggregation_type, AGGREGATION_TYPES)
+        scale = shuffle_scale if shuffle_pattern != 'NA' else 1
+        if scale < 1:
+            raise ValueError(f'shuffle_scale must be at least 1, got {shuffle_scale}')
+        super().__init__(
+            in_channels * (scale ** 2 if 'B' in shuffle_pattern else 1) + (2 if aggregation_type == 'Loc_Col' else 0),
+            out_channels * (scale ** 2 if shuffle_pattern in ('A', 'BA') else 1),
+            kernel_size, stride=stride, padding=padding, bias=bias, device=device, dtype=dtype)
+        self.map_channels = in_channels
+        self.shuffle_pattern = shuffle_pattern
+        self.shuffle_scale = scale
+        self.aggregation_type = aggregation_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, 2, self.map_channels)
+        if self.shuffle_pattern in ('B', 'BA'):
+            x = unshuffle(x, self.shuffle_scale)
+        if self.aggregation_type == 'Loc_Col':
+            x = append_coordinates(x)
+        x = super().forward(x)
+        return shuffle(x, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else x

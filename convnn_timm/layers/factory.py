@@ -1,0 +1,63 @@
+"""Create the layer that a model's name asks for."""
+import inspect
+from functools import lru_cache
+from typing import Optional, Tuple
+
+import torch.nn as nn
+
+from .attention import ConvNNAttention2d
+from .branching import Branching2d, BranchingAttention2d
+from .convnn import ConvNN2d
+from .coord_conv import CoordConv2d
+
+__all__ = ['LAYER_TYPES', 'create_layer', 'layer_arguments']
+
+# Suffix of a model's name -> the layer in place of its 3x3 convolutions.
+LAYER_TYPES = {
+    'conv2d': nn.Conv2d,
+    'conv2d_new': CoordConv2d,
+    'convnn': ConvNN2d,
+    'convnn_attn': ConvNNAttention2d,
+    'convnn_branching': Branching2d,
+    'convnn_branching_attn': BranchingAttention2d,
+}
+# What the network, not the user, decides.
+_NETWORK_ARGUMENTS = ('in_channels', 'out_channels', 'stride', 'device', 'dtype')
+
+
+@lru_cache(maxsize=None)
+def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
+    """Names of the layer arguments that a model takes as keywords, or those of one layer type."""
+    if layer == 'conv2d':
+        return 'kernel_size', 'bias'
+    if layer is not None:
+        return tuple(n for n in inspect.signature(LAYER_TYPES[layer]).parameters if n not in _NETWORK_ARGUMENTS)
+    return tuple(dict.fromkeys(name for layer in LAYER_TYPES for name in layer_arguments(layer)))
+
+
+def create_layer(
+        layer: str,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        kernel_size: int = 3,
+        device=None,
+        dtype=None,
+        **layer_args,
+) -> nn.Module:
+    """Create a layer that takes the place of a square convolution.
+
+    All layer types accept the arguments of all, so that a twin is built from the arguments of its pair: a convolution
+    has no use for K and leaves it. Convolutions pad kernel_size // 2; `padding` is ConvNN's.
+
+    Raises:
+        TypeError: An argument that no layer has.
+    """
+    if unknown := sorted(set(layer_args) - set(layer_arguments())):
+        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+    layer_args = {name: value for name, value in layer_args.items() if name in layer_arguments(layer)}
+    if layer in ('conv2d', 'conv2d_new'):
+        layer_args['padding'] = kernel_size // 2
+    if 'kernel_size' in layer_arguments(layer):
+        layer_args['kernel_size'] = kernel_size
+    return LAYER_TYPES[layer](in_channels, out_channels, stride=stride, **layer_args, device=device, dtype=dtype)

@@ -1,0 +1,83 @@
+"""What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import register_notrace_module
+
+from convnn_timm.layers import (
+    Branching2d,
+    BranchingAttention2d,
+    ConvNN2d,
+    ConvNNAttention2d,
+    CoordConv2d,
+    layer_arguments,
+)
+
+__all__ = ['add_input_noise', 'cifar_cfg', 'check_complete', 'entrypoint', 'init_convnn_weights', 'split_layer_args']
+
+# FX can't symbolically trace control flow that depends on shapes.
+for _layer in (Branching2d, BranchingAttention2d, ConvNN2d, ConvNNAttention2d, CoordConv2d):
+    register_notrace_module(_layer)
+
+
+def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Split a model's keyword arguments into those of its ConvNN layers and the rest."""
+    layer_args = {name: value for name, value in kwargs.items() if name in layer_arguments()}
+    return layer_args, {name: value for name, value in kwargs.items() if name not in layer_args}
+
+
+def init_convnn_weights(model: nn.Module) -> None:
+    """Give ConvNN layers the initialisation that timm gives the convolutions beside them."""
+    for m in model.modules():
+        if isinstance(m, ConvNN2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def add_input_noise(x: torch.Tensor, std: float, training: bool) -> torch.Tensor:
+    """Add Gaussian noise of that standard deviation in training."""
+    return x + std * torch.randn_like(x) if training and std > 0 else x
+
+
+def check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module, classifier: str) -> None:
+    """Refuse a checkpoint without some of the model's tensors, the classifier's aside.
+
+    timm loads without strictness when the number of classes differs, and would leave them random without a word.
+
+    Raises:
+        RuntimeError: Tensors are missing.
+    """
+    missing = [
+        name for name in model.state_dict()
+        if name not in state_dict and not name.startswith(f'{classifier}.') and not name.endswith('num_batches_tracked')]
+    if missing:
+        raise RuntimeError(
+            f'the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, among them {", ".join(missing[:3])}: '
+            f'is it of another architecture, or were other model arguments used?')
+
+
+def cifar_cfg(**kwargs) -> Dict[str, Any]:
+    """Default configuration of a model for CIFAR-10."""
+    return {
+        'url': '',
+        'num_classes': 10, 'input_size': (3, 32, 32),
+        'crop_pct': 1.0, 'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
+        'license': 'mit', 'paper_ids': 'arXiv:2511.14137', 'paper_name': 'Convolutional Nearest Neighbor',
+        'origin_url': 'https://github.com/mingikang31/Convolutional-Nearest-Neighbor',
+        **kwargs
+    }
+
+
+def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc: str) -> Callable[..., nn.Module]:
+    """The function that timm registers for one variant."""
+
+    def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+        return create(variant, pretrained=pretrained, **kwargs)
+
+    fn.__name__ = fn.__qualname__ = variant
+    fn.__module__ = module
+    fn.__doc__ = doc
+    return fn

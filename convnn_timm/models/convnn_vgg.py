@@ -1,0 +1,137 @@
+"""VGG with ConvNN layers in place of its 3x3 convolutions.
+
+On timm's VGG (with BatchNorm), at 32x32 as in the paper `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+"""
+from functools import partial
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.vgg import VGG, cfgs
+
+from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
+from ._common import (
+    add_input_noise, check_complete, cifar_cfg, entrypoint, init_convnn_weights, split_layer_args)
+
+__all__ = ['ConvNNVGG']
+
+
+def _create_conv(
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        padding: int = 0,
+        bias: bool = True,
+        layer: str = 'convnn',
+        layer_args: Optional[Dict[str, Any]] = None,
+        **dd,
+) -> nn.Module:
+    """A convolution of the network: of the features (3x3) the layer in its place, of the classifier (7x7, 1x1) itself."""
+    if kernel_size != 3:
+        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **dd)
+    return create_layer(layer, in_channels, out_channels, **(layer_args or {}), **dd)
+
+
+class ConvNNVGG(VGG):
+    """VGG whose feature layers are `layer`."""
+
+    def __init__(
+            self,
+            cfg: List[Any],
+            layer: str = 'convnn',
+            layer_args: Optional[Dict[str, Any]] = None,
+            input_noise: float = 0.,
+            drop_rate: float = 0.5,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            cfg: Channels of the convolutions, 'M' for max-pools.
+            layer: One of `convnn_timm.layers.LAYER_TYPES`.
+            layer_args: Arguments of the layers.
+            input_noise: Standard deviation of the noise added to (normalised) images in training.
+            drop_rate: Dropout of the classifier.
+            **kwargs: Arguments of timm's VGG.
+        """
+        conv_layer = partial(_create_conv, layer=layer, layer_args=layer_args)
+        super().__init__(
+            cfg, conv_layer=conv_layer, norm_layer=nn.BatchNorm2d, drop_rate=drop_rate, device=device, dtype=dtype,
+            **kwargs)
+        self.input_noise = input_noise
+
+    def _initialize_weights(self) -> None:
+        super()._initialize_weights()
+        init_convnn_weights(self)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_intermediates(self, x: torch.Tensor, *args, **kwargs):
+        return super().forward_intermediates(add_input_noise(x, self.input_noise, self.training), *args, **kwargs)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = add_input_noise(x, self.input_noise, self.training)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            # Stage by stage: a segment must not begin with an in-place ReLU, which would overwrite its saved input.
+            starts = [0] + [end + 1 for end in self.feature_ends]
+            stages = [self.features[i:j] for i, j in zip(starts, starts[1:] + [len(self.features)]) if i < j]
+            return checkpoint_seq(stages, x)
+        return super().forward_features(x)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Accept the state dict of this VGG and of the paper code's, whose classifier is a Sequential of Linear layers."""
+    names = {'classifier.0.': 'pre_logits.fc1.', 'classifier.3.': 'pre_logits.fc2.', 'classifier.6.': 'head.fc.'}
+    if 'classifier.0.weight' in state_dict:
+        for old, new in names.items():
+            state_dict = {name.replace(old, new): value for name, value in state_dict.items()}
+        state_dict['pre_logits.fc1.weight'] = state_dict['pre_logits.fc1.weight'].unflatten(1, (-1, 7, 7))
+        state_dict['pre_logits.fc2.weight'] = state_dict['pre_logits.fc2.weight'][..., None, None]
+        state_dict = convert_original_state_dict(state_dict, model)
+    check_complete(state_dict, model, classifier='head.fc')
+    return state_dict
+
+
+def _cfg(layer: str, **kwargs) -> Dict[str, Any]:
+    # The modules whose weights timm adapts to another number of input channels. (Attention projects the input onto
+    # itself: its first layer cannot be adapted, and loading it into such a model is an error.)
+    first_conv = {
+        'convnn_attn': 'features.0.w_v',
+        'convnn_branching': ('features.0.branch1', 'features.0.branch2'),
+        'convnn_branching_attn': ('features.0.branch1.w_v', 'features.0.branch2'),
+    }.get(layer, 'features.0')
+    return cifar_cfg(
+        first_conv=first_conv, classifier='head.fc', pool_size=(1, 1), min_input_size=(3, 32, 32), **kwargs)
+
+
+_VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in cfgs for layer in LAYER_TYPES}
+
+default_cfgs = generate_default_cfgs({f'{variant}.cifar10': _cfg(layer) for variant, (_, layer) in _VARIANTS.items()})
+
+
+def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    depth, layer = _VARIANTS[variant]
+    layer_args, kwargs = split_layer_args(kwargs)
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
+    return build_model_with_cfg(
+        ConvNNVGG,
+        variant,
+        pretrained,
+        model_cfg=cfgs[depth],
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        pretrained_filter_fn=checkpoint_filter_fn,
+        layer=layer,
+        layer_args=layer_args,
+        **kwargs,
+    )
+
+
+# vgg11_conv2d, vgg11_conv2d_new, vgg11_convnn, ... vgg19_convnn_branching_attn
+for _variant, (_depth, _layer) in _VARIANTS.items():
+    register_model(entrypoint(
+        _create_convnn_vgg, _variant, __name__,
+        f'VGG-{_depth[3:]} with {LAYER_TYPES[_layer].__name__} layers, all layer arguments as keywords.'))

@@ -1,0 +1,10 @@
+"""Stateless tensor functions of ConvNN: select neighbours (`knn`, `grid_neighbors`), aggregate over them (`neighbor_conv`).
+
+`reference` holds the same functions as short definitions that every path here is tested against.
+"""
+from . import reference
+from .knn import grid_neighbors, knn
+from .neighbor_conv import neighbor_conv
+from .paths import available_paths
+
+__all__ = ['available_paths', 'grid_neighbors', 'knn', 'neighbor_conv', 'reference']

@@ -1,0 +1,21 @@
+"""How the ops cut a batch so that temporary tensors stay within a budget, and which dtype they compute in."""
+from typing import Iterator, Tuple
+
+import torch
+
+# Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache.
+CHUNK_BYTES = 8 * 2 ** 20
+
+
+def batch_chunks(B: int, Q: int, bytes_per_query: int) -> Iterator[Tuple[slice, slice]]:
+    """Cut B images of Q queries into (images, queries) slices of at most CHUNK_BYTES, whole images where they fit."""
+    queries = max(1, CHUNK_BYTES // max(1, bytes_per_query))
+    images = max(1, queries // max(1, Q))
+    for b in range(0, B, images):
+        for q in range(0, Q, queries):
+            yield slice(b, min(b + images, B)), slice(q, min(q + queries, Q))
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """float32 for narrower floating dtypes, so that norms neither overflow nor lose ranks."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

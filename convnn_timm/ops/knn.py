@@ -1,0 +1,227 @@
+"""Select neighbours exactly: `knn` by feature, `grid_neighbors` by location.
+
+Ranks need less than scores: dividing by the query's norm (cosine) or subtracting it (euclidean) changes no order, so one
+matrix product against prepared candidates ranks them. It runs chunk by chunk of queries; no Q x M tensor is kept.
+"""
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .chunks import batch_chunks, widen
+
+__all__ = ['knn', 'grid_neighbors']
+
+METRICS = ('cosine', 'euclidean')
+
+
+def knn(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        k: int,
+        metric: str = 'cosine',
+        exclude: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Select the k nearest candidates of every query, nearest first; equal scores go to the lower candidate index.
+
+    Definition: `ops.reference.knn`. Computed in float32 (float64 for float64 input) whatever the autocast dtype.
+
+    Args:
+        query: (B, Q, C).
+        candidates: (B, M, C).
+        k: Number of neighbours, at most M.
+        metric: 'cosine' (score is the cosine similarity) or 'euclidean' (score is the negative squared distance).
+        exclude: (Q,) the candidate that a query must not select, or -1; it comes last if there are no others.
+
+    Returns:
+        index (B, Q, k) int64 and score (B, Q, k); gradient flows through the score only.
+
+    Raises:
+        ValueError: Unknown metric, shapes that do not fit, or k outside [1, M].
+    """
+    if metric not in METRICS:
+        raise ValueError(f'unknown metric {metric!r}, valid are {", ".join(METRICS)}')
+    if query.ndim != 3 or candidates.ndim != 3 or query.shape[::2] != candidates.shape[::2]:
+        raise ValueError(
+            f'knn takes query (B, Q, C) and candidates (B, M, C), not {tuple(query.shape)} and {tuple(candidates.shape)}')
+    if not 1 <= k <= candidates.shape[1]:
+        raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
+    with torch.autocast(query.device.type, enabled=False):
+        query, candidates = widen(query), widen(candidates)
+        if metric == 'cosine':
+            score, index = _knn(query, F.normalize(candidates, dim=-1), None, exclude, k)
+            return index, score / query.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        score, index = _knn(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
+        return index, score - query.square().sum(-1, keepdim=True)
+
+
+@torch.library.custom_op('convnn_timm::knn', mutates_args=())
+def _knn(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        offset: Optional[torch.Tensor],
+        exclude: Optional[torch.Tensor],
+        k: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k)."""
+    B, Q, _ = query.shape
+    M = candidates.shape[1]
+    index = query.new_empty((B, Q, k), dtype=torch.int64)
+    score = query.new_empty((B, Q, k))
+    with torch.autocast(query.device.type, enabled=False):
+        for b, q in batch_chunks(B, Q, M * query.element_size()):
+            s = torch.bmm(query[b, q], candidates[b].mT)
+            if offset is not None:
+                s += offset[b].unsqueeze(1)
+            if exclude is not None:
+                _mask_excluded(s, exclude[q])
+            value, place = _topk_lowest_index(s.flatten(0, 1), k)
+            score[b, q], index[b, q] = value.view_as(score[b, q]), place.view_as(index[b, q])
+    return score, index
+
+
+@_knn.register_fake
+def _(query, candidates, offset, exclude, k):
+    shape = (*query.shape[:2], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _mask_excluded(score: torch.Tensor, exclude: torch.Tensor) -> None:
+    """Set the excluded candidate's score to -inf in place, in Q writes; score (B, Q, M), exclude (Q,) with -1 for none."""
+    column = exclude.clamp_min(0).expand(score.shape[0], -1).unsqueeze(-1)
+    score.scatter_(-1, column, score.gather(-1, column).masked_fill_((exclude >= 0).unsqueeze(-1), -torch.inf))
+
+
+def _topk_lowest_index(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`score.topk(k)` of (rows, M), equal values in the order of their indices; the lower index wins the last place.
+
+    torch.topk leaves ties to chance. Ties show as equal neighbours among the k + 1 largest values; only rows that have
+    some are done again (on a GPU all rows, for the question would wait for the device).
+    """
+    value, index = score.topk(min(k + 1, score.shape[1]))
+    tied = (value[:, 1:] == value[:, :-1]).any(1)
+    value, index = value[:, :k], index[:, :k]
+    if score.device.type == 'cpu':
+        rows = tied.nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return value, index
+        tied_value, tied_index = _resolve_ties(score[rows], value[rows], k)
+        return value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied_index)
+    return _resolve_ties(score, value, k)
+
+
+def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Exact top k of rows whose k largest values are known: all above the k-th value, then the first that equal it."""
+    M = score.shape[-1]
+    last = value[:, -1:]
+    order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
+    place = torch.where(score == last, order, torch.where(score <= last, 0., M + 1.))  # NaN counts as above, as in topk
+    index = place.topk(k).indices.sort(dim=-1).values
+    value, by_value = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
+    return value, index.gather(-1, by_value)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, candidates, offset, _, _ = inputs
+    ctx.has_offset = offset is not None
+    ctx.save_for_backward(query, candidates, output[1])
+
+
+def _backward(ctx, grad, _):
+    query, candidates, index = ctx.saved_tensors
+    grad_query, grad_candidates, grad_offset = _knn_backward(grad, query, candidates, index)
+    return grad_query, grad_candidates, grad_offset if ctx.has_offset else None, None, None
+
+
+_knn.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op('convnn_timm::knn_backward', mutates_args=())
+def _knn_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        index: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the k scores (B, Q, k) to query, candidates and offset."""
+    B, Q, C = query.shape
+    k = index.shape[-1]
+    grad_query = torch.empty_like(query)
+    grad_candidates = torch.zeros_like(candidates)
+    grad_offset = query.new_zeros(candidates.shape[:2])
+    for b, q in batch_chunks(B, Q, k * C * query.element_size()):
+        i = index[b, q].flatten(1)  # n, q * k
+        g = grad[b, q]
+        rows = candidates[b].gather(1, i.unsqueeze(-1).expand(-1, -1, C)).unflatten(1, (-1, k))
+        grad_query[b, q] = (g.unsqueeze(-2) @ rows).squeeze(-2)
+        spread = (g.unsqueeze(-1) * query[b, q].unsqueeze(-2)).flatten(1, 2)
+        grad_candidates[b].scatter_add_(1, i.unsqueeze(-1).expand_as(spread), spread)
+        grad_offset[b].scatter_add_(1, i, g.flatten(1))
+    return grad_query, grad_candidates, grad_offset
+
+
+@_knn_backward.register_fake
+def _(grad, query, candidates, index):
+    return torch.empty_like(query), torch.empty_like(candidates), query.new_empty(candidates.shape[:2])
+
+
+@register_flop_formula(torch.ops.convnn_timm.knn)
+def _flops(query_shape, candidates_shape, *args, out_shape=None, **kwargs) -> int:
+    B, Q, C = query_shape
+    return 2 * B * Q * candidates_shape[1] * C
+
+
+def grid_neighbors(
+        size: Tuple[int, ...],
+        k: int,
+        starts: Tuple[int, ...],
+        stride: int = 1,
+        stops: Optional[Tuple[int, ...]] = None,
+        device: Optional[torch.device] = None,
+) -> torch.Tensor:
+    """Select the k nearest positions of every `stride`-th position of a grid by euclidean distance, without a search.
+
+    Distances are integers, so ties are exact and go to the lower index. Only a window that must hold the k nearest is
+    looked at. Definition: the rows of `ops.reference.grid_neighbors` that the queries name.
+
+    Args:
+        size: Length of each axis of the grid, (T,) or (H, W).
+        k: Number of neighbours, the position itself included.
+        starts: First query on each axis.
+        stride: Step between queries.
+        stops: One past the last query on each axis (default: the end of the axis).
+
+    Returns:
+        (Q, k) int64 raster indices, ascending.
+    """
+    radius = _covering_radius(size, k)
+    axes, steps = [], []
+    for n, start, stop in zip(size, starts, stops or size):
+        axes.append(torch.arange(start, stop, stride, device=device))
+        steps.append(torch.arange(-min(radius, n - 1), min(radius, n - 1) + 1, device=device))
+    query = torch.cartesian_prod(*axes).reshape(-1, len(size))
+    step = torch.cartesian_prod(*steps).reshape(-1, len(size))
+    position = query.unsqueeze(1) + step  # Q, window, axes
+    limit = torch.tensor(size, device=device)
+    inside = ((position >= 0) & (position < limit)).all(-1)
+    raster = position[..., 0]
+    for axis in range(1, len(size)):
+        raster = raster * size[axis] + position[..., axis]
+    # The window is in raster order, so (distance, place in the window) orders equal distances by index.
+    key = step.square().sum(-1) * len(step) + torch.arange(len(step), device=device)
+    key = key.masked_fill(~inside, torch.iinfo(torch.int64).max)
+    nearest = key.topk(k, largest=False).indices
+    return raster.gather(1, nearest).sort(dim=1).values
+
+
+def _covering_radius(size: Tuple[int, ...], k: int) -> int:
+    """Smallest radius around a corner of the grid, its worst place, that holds k positions."""
+    radius = 0
+    while True:
+        counts: List[int] = [radius * radius]  # squared distance left after each axis
+        for n in size:
+            counts = [left - d * d for left in counts for d in range(min(n - 1, radius) + 1) if d * d <= left]
+        if len(counts) >= k:
+            return radius
+        radius += 1

@@ -1,0 +1,163 @@
+"""Every op against its definition in ops/reference.py: values, indices and gradients."""
+import pytest
+import torch
+
+from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
+from convnn_timm.ops import chunks
+
+
+@pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
+def chunk_bytes(request, monkeypatch):
+    monkeypatch.setattr(chunks, 'CHUNK_BYTES', request.param)
+
+
+def tokens(*shape, dtype=torch.float64, seed=0, ties=False):
+    """Random tokens; with ties: small integers, a quarter of them dead (exact in every dtype, many equal scores)."""
+    generator = torch.Generator().manual_seed(seed)
+    if not ties:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randint(-1, 2, shape, generator=generator)
+    return (x * (torch.rand(shape[:-1], generator=generator) > 0.25).unsqueeze(-1)).to(dtype)
+
+
+@pytest.mark.parametrize('ties', [False, True], ids=['distinct', 'ties'])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+@pytest.mark.parametrize('B, Q, M, C, k', [(2, 20, 20, 5, 4), (3, 7, 31, 2, 31), (1, 1, 1, 3, 1), (5, 33, 9, 1, 8)])
+def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, metric, ties):
+    if ties and metric == 'cosine' and C > 1:  # norms of 1 keep cosine scores exact: at most one channel alive
+        query, candidates = (tokens(B, n, C, ties=True) * torch.eye(C, dtype=torch.float64)[torch.arange(n) % C]
+                             for n in (Q, M))
+    else:
+        query, candidates = tokens(B, Q, C, ties=ties), tokens(B, M, C, seed=1, ties=ties)
+    exclude = torch.arange(Q) % (M + 1) - 1 if M > 1 else None
+    index, score = knn(query, candidates, k, metric, exclude)
+    expected_index, expected_score = reference.knn(query, candidates, k, metric, exclude)
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(score[..., :-1], expected_score[..., :-1], rtol=1e-12, atol=1e-12)
+    if ties and M > 20:  # the case is worth its name
+        assert (score[..., 1:] == score[..., :-1]).any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_knn_of_narrow_dtypes_ranks_in_float32(dtype):
+    query, candidates = tokens(2, 15, 6, dtype=dtype) * 300, tokens(2, 40, 6, seed=1, dtype=dtype) * 300
+    for metric in 'cosine', 'euclidean':  # squares of 300 overflow float16
+        index, score = knn(query, candidates, 9, metric)
+        assert score.dtype == torch.float32 and score.isfinite().all()
+        assert torch.equal(index, reference.knn(query.double(), candidates.double(), 9, metric)[0])
+
+
+def test_knn_ties_go_to_the_lower_index():
+    """All candidates equal, then all zero (a dead ReLU map), in each dtype and at a size where topk has no order."""
+    for value in 1., 0.:
+        for dtype in torch.float32, torch.float64, torch.bfloat16:
+            index, _ = knn(torch.full((1, 300, 8), value, dtype=dtype), torch.full((1, 300, 8), value, dtype=dtype), 9)
+            assert torch.equal(index, torch.arange(9).expand(1, 300, 9))
+    exclude = torch.arange(300)
+    index, _ = knn(torch.ones(1, 300, 8), torch.ones(1, 300, 8), 8, exclude=exclude)
+    assert torch.equal(index[0, 4], torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]))
+
+
+def test_knn_comes_to_no_harm_by_nan_and_inf():
+    x = torch.randn(2, 50, 4)
+    x[0, 3] = float('nan')
+    x[1, 5] = float('inf')
+    for metric in 'cosine', 'euclidean':
+        index, _ = knn(x, x, 9, metric, torch.arange(50))
+        assert ((index >= 0) & (index < 50)).all()
+
+
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_knn_score_has_the_gradient_of_the_definition(chunk_bytes, metric):
+    def grads(fn):
+        query, candidates = tokens(2, 9, 3).requires_grad_(), tokens(2, 12, 3, seed=1).requires_grad_()
+        _, score = fn(query, candidates, 4, metric)
+        (score * torch.arange(score.numel()).view_as(score)).sum().backward()
+        return query.grad, candidates.grad
+
+    torch.testing.assert_close(grads(knn), grads(reference.knn), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('args, message', [
+    (dict(metric='manhattan'), 'unknown metric .*cosine, euclidean'),
+    (dict(k=0), r'k must lie in \[1, 6\]'),
+    (dict(k=7), r'k must lie in \[1, 6\]'),
+    (dict(query=torch.ones(2, 6, 5)), r'knn takes query \(B, Q, C\)'),
+])
+def test_knn_refuses(args, message):
+    with pytest.raises(ValueError, match=message):
+        knn(**{'query': torch.ones(2, 6, 3), 'candidates': torch.ones(2, 6, 3), 'k': 2, **args})
+
+
+@pytest.mark.parametrize('size', [(7,), (1, 1), (1, 9), (5, 8), (10, 3), (12, 12)])
+@pytest.mark.parametrize('k', [1, 2, 5, 9, 20, 25, 49])
+def test_grid_neighbors_selects_what_the_definition_selects(size, k):
+    total = torch.Size(size).numel()
+    if k > total:
+        return
+    everywhere = reference.grid_neighbors(size, k)
+    assert torch.equal(grid_neighbors(size, k, (0,) * len(size)), everywhere)
+    some = torch.arange(total).view(size)[tuple(slice(n // 3, n - n // 4, 2) for n in size)].flatten()
+    starts, stops = tuple(n // 3 for n in size), tuple(n - n // 4 for n in size)
+    assert torch.equal(grid_neighbors(size, k, starts, 2, stops), everywhere[some])
+
+
+@pytest.mark.parametrize('B, T, C, O, Q, K, groups', [
+    (2, 12, 4, 6, 5, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6), (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
+@pytest.mark.parametrize('scored', [False, True])
+def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, B, T, C, O, Q, K, groups, scored):
+    def run(fn):
+        x, weight = tokens(B, T, C).requires_grad_(), tokens(O, C // groups, K, seed=1).requires_grad_()
+        bias, score = tokens(O, seed=2).requires_grad_(), tokens(B, Q, K, seed=3).requires_grad_()
+        index = torch.randint(T, (B, Q, K), generator=torch.Generator().manual_seed(4))
+        y = fn(x, index, weight, bias, score if scored else None, groups)
+        y.backward(tokens(*y.shape, seed=5))
+        return [y, x.grad, weight.grad, bias.grad] + [score.grad] * scored
+
+    torch.testing.assert_close(run(neighbor_conv), run(reference.neighbor_conv), rtol=1e-11, atol=1e-11)
+
+
+def test_neighbor_conv_gradcheck():
+    index = torch.randint(6, (2, 4, 3), generator=torch.Generator().manual_seed(0))
+    for groups in 1, 2, 4:
+        inputs = [tokens(2, 6, 4), index, tokens(4, 4 // groups, 3, seed=1), tokens(4, seed=2), tokens(2, 4, 3, seed=3)]
+        inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+        assert torch.autograd.gradcheck(lambda *t: neighbor_conv(*t, groups), inputs)
+
+
+def test_neighbor_conv_takes_any_memory_layout():
+    x, index = tokens(2, 4, 10).mT, torch.randint(10, (1, 10, 3)).expand(2, -1, -1)
+    weight = tokens(3, 5, 4).permute(2, 0, 1)[:, :, :3].mT.mT.reshape(4, 3, 3)[:, :1].expand(4, 4, 3)
+    torch.testing.assert_close(neighbor_conv(x, index, weight), reference.neighbor_conv(x, index, weight))
+
+
+def test_neighbor_conv_under_autocast_computes_like_a_convolution():
+    x, index, weight = tokens(2, 9, 4, dtype=torch.float32), torch.randint(9, (2, 9, 3)), torch.randn(5, 4, 3)
+    x.requires_grad_()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = neighbor_conv(x, index, weight, torch.zeros(5))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), reference.neighbor_conv(x, index, weight), rtol=0.05, atol=0.1)
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('weight, message', [
+    (torch.ones(4, 3, 3), r'weight \(4, 3, 3\) with 1 groups does not fit x \(2, 9, 4\)'),
+    (torch.ones(4, 4, 2), r'does not fit x'),
+])
+def test_neighbor_conv_refuses(weight, message):
+    with pytest.raises(ValueError, match=message):
+        neighbor_conv(torch.ones(2, 9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match=r'takes x \(B, T, C\)'):
+        neighbor_conv(torch.ones(9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
+
+
+def test_ops_pass_pytorchs_own_checks():
+    """Schema, fake kernels, autograd registration and tracing, by torch.library.opcheck."""
+    x, index = tokens(2, 6, 4).requires_grad_(), torch.randint(6, (2, 5, 3))
+    torch.library.opcheck(torch.ops.convnn_timm.knn, (x, x.detach(), None, torch.arange(6), 3))
+    torch.library.opcheck(torch.ops.convnn_timm.knn, (x, x.detach(), torch.zeros(2, 6, dtype=x.dtype), None, 3))
+    torch.library.opcheck(
+        torch.ops.convnn_timm.neighbor_conv,
+        (x, index, tokens(6, 2, 3).requires_grad_(), tokens(6).requires_grad_(), tokens(2, 5, 3).requires_grad_(), 2))
