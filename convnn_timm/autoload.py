@@ -23,16 +23,13 @@ _TIMM_REQUIRED = (1, 0, 31)
 
 
 class _RegisterAfterTimm:
-    """Finder that wraps the execution of `timm.models` so that the models are registered right after it.
+    """Finder that hands out `timm.models` with a loader that registers the models when it has executed it.
 
-    It watches `convnn_timm.layers` as well. If those come first, it is they who import timm; the models need the
-    finished layers, so registering waits for the outermost of the two.
+    (The models need the whole of `convnn_timm.layers`, so these must not import timm, which would bring the models.)
     """
-    watched = ('timm.models', 'convnn_timm.layers')
-    executing = 0
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.watched:
+        if name != 'timm.models':
             return None
         try:
             others = (finder for finder in sys.meta_path if finder is not self)
@@ -46,13 +43,8 @@ class _RegisterAfterTimm:
 
     def _execute(self, exec_module, module):
         del module.__spec__.loader.exec_module  # the loader is its own again
-        self.executing += 1
-        try:
-            exec_module(module)
-        finally:
-            self.executing -= 1
-        if not self.executing and 'timm.models' in sys.modules:
-            _register_or_warn()
+        exec_module(module)
+        _register_or_warn()
 
 
 _finder = _RegisterAfterTimm()

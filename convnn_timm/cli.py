@@ -1,0 +1,318 @@
+"""The command line: `convnn-timm COMMAND`, the same as `python -m convnn_timm COMMAND`.
+
+A command imports what it needs when it runs, so `convnn-timm --help` answers at once. What a user can get wrong raises
+`CommandError` and becomes one line; a traceback means a bug.
+"""
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+__all__ = ['main']
+
+
+class CommandError(Exception):
+    """A failure to report in one line; `code` is the exit status, 2 for a wrong call, 1 for everything else."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with examples in their own layout, and errors without the usage text in front."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f'{message} (see {self.prog} --help)', code=2)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `convnn-timm`, those of this process by default.
+
+    Returns:
+        The exit status: 0, 1 for a failure, 2 for a wrong call.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv[:1] == ['train']:  # the trainer has a parser of its own, --help included
+            from convnn_timm.train import main as train
+            train(argv[1:])
+            return 0
+        args = build_parser().parse_args(argv)
+        return args.command(args) or 0
+    except CommandError as error:
+        report(error)
+        return error.code
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        report(stop)  # the trainer and scripts end with a message
+        return 1
+    except BrokenPipeError:  # `convnn-timm list | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def report(error: BaseException) -> None:
+    sys.stdout.flush()  # what was said before comes first, also where both streams go to one file
+    print(f'convnn-timm: error: {error}', file=sys.stderr)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog='convnn-timm',
+        description='Convolution over nearest neighbours (ConvNN) for timm: train, predict, look around.',
+        epilog='New here? Run `convnn-timm quickstart`. Each command explains itself: `convnn-timm predict --help`.',
+    )
+    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+
+    def add(name: str, command: Callable, summary: str, examples: str) -> Parser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + '.',
+            epilog='examples:\n' + '\n'.join(f'  convnn-timm {line}' for line in examples.splitlines()),
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add(
+        'quickstart', quickstart, 'train on real handwritten digits, on the CPU, in minutes, and look at the result',
+        'quickstart\nquickstart --output /tmp/digits')
+    sub.add_argument('--output', default='convnn-quickstart', metavar='DIR', help='folder to make (%(default)s)')
+
+    sub = add(
+        'list', list_models, 'list the models: parameters, multiply-accumulates for one image, weights to download',
+        "list\nlist 'resnet*'\nlist '*_convnn_branching'")
+    sub.add_argument('pattern', nargs='?', default='*', help='only the names that match, with * and ?')
+
+    sub = add(
+        'predict', predict, 'classify images: the most probable classes of each',
+        'predict cat.jpg --model local-dir:output/my-run/model\n'
+        'predict photos/ more.png --model resnet18_convnn_branching --checkpoint last.pth.tar --topk 3\n'
+        'predict cat.jpg --model hf-hub:someone/resnet18_convnn_branching.cifar10')
+    sub.add_argument('images', nargs='+', metavar='IMAGE', help='image file, or folder to search for images')
+    sub.add_argument(
+        '--model', required=True, metavar='NAME',
+        help='model with weights: `local-dir:FOLDER` (the model/ folder of a run), `hf-hub:OWNER/NAME`, a timm name')
+    sub.add_argument('--checkpoint', metavar='FILE', help='weights for NAME, instead of its published ones')
+    sub.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show for each image (%(default)s)')
+    sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
+
+    # Listed here for the help; `main` hands its arguments over unread.
+    commands.add_parser('train', add_help=False, help="train a model, with arguments and recipes as of timm's train.py")
+
+    sub = add(
+        'run', run, "run a script, such as one of timm's, that then finds the models by name",
+        'run validate.py --model resnet18_convnn --checkpoint last.pth.tar --data-dir data --device cpu\n'
+        'run train.py --model resnet18_convnn_branching --data-dir data')
+    sub.add_argument('script', metavar='SCRIPT', help='Python file')
+    sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
+
+    add('info', info, 'show versions, devices, and which implementation of each operator runs here and why', 'info')
+    return parser
+
+
+def quickstart(args: argparse.Namespace) -> None:
+    from convnn_timm.quickstart import QuickstartError, quickstart
+    try:
+        quickstart(Path(args.output))
+    except QuickstartError as error:
+        raise CommandError(str(error)) from error
+
+
+def list_models(args: argparse.Namespace) -> None:
+    import timm
+    from convnn_timm import models
+    from convnn_timm.macs import count_macs
+
+    names = timm.list_models(args.pattern)
+    ours = [name for name in names if timm.model_entrypoint(name).__module__.startswith(models.__name__)]
+    if not ours:
+        raise CommandError(f'no model matches {args.pattern!r}; `convnn-timm list` shows them all')
+    print(f'{"model":<32} {"parameters":>12} {"MACs":>9}  weights')
+    for name in ours:
+        model = timm.create_model(name, device='meta')  # shapes without memory
+        parameters = sum(p.numel() for p in model.parameters())
+        macs = count_macs(model, model.pretrained_cfg['input_size'])
+        weights = timm.list_pretrained(f'{name}.*')
+        print(f'{name:<32} {parameters:>12,} {macs / 1e9:>7.3f} G  {", ".join(weights) or "-"}', flush=True)
+
+
+def info(args: argparse.Namespace) -> None:
+    import platform
+    from importlib.metadata import version
+
+    import torch
+    from convnn_timm.ops import available_paths
+
+    rows = [('python', platform.python_version()), ('torch', torch.__version__)]
+    rows += [(name, version(name)) for name in ('torchvision', 'timm', 'convnn_timm', 'huggingface_hub')]
+    rows += [('cpu', f'{os.cpu_count()} cores, {torch.get_num_threads()} threads used')]
+    rows += [(f'cuda:{i}', torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    rows += [('mps', 'available')] if torch.backends.mps.is_available() else []
+    for name, value in rows:
+        print(f'{name:<16} {value}')
+
+    print(f'\n{"operator":<16} {"path":<12} {"usable":<7} why')
+    for op, path, usable, reason in available_paths():
+        print(f'{op:<16} {path:<12} {"yes" if usable else "no":<7} {reason}')
+
+
+def run(args: argparse.Namespace) -> None:
+    from convnn_timm.autoload import run_script
+    run_script(args.script, args.args)
+
+
+def predict(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import create_transform, resolve_data_config
+
+    if args.topk < 1:
+        raise CommandError(f'--topk must be 1 or more, got {args.topk}', code=2)
+    device = find_device(args.device)
+    model = load_model(args.model, args.checkpoint).eval().to(device)
+    name_of = class_names(model)
+    config = resolve_data_config({}, model=model)
+    transform = create_transform(**config, is_training=False)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+
+    status = 0
+    for path in find_images(args.images):
+        try:
+            image = transform(read_image(path, mode))
+        except CommandError as error:
+            report(error)
+            status = error.code
+            continue
+        with torch.inference_mode():
+            probabilities = model(image.unsqueeze(0).to(device)).softmax(dim=-1)[0]
+        print(path)
+        for p, index in zip(*probabilities.topk(min(args.topk, len(probabilities)))):
+            print(f'  {100 * p.item():6.2f} %  {name_of(index.item())}')
+    return status
+
+
+def find_device(name: Optional[str]) -> 'torch.device':
+    import torch
+
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f'device {name!r} cannot be used: {one_line(error)}', code=2) from error
+
+
+def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
+    """Build a model with weights, published ones or those of a checkpoint file.
+
+    Args:
+        name: Name for `timm.create_model`: a registered model, `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        checkpoint: Weights of the model called `name`; their number of classes may differ from its default.
+
+    Raises:
+        CommandError: If there is no such model, or no weights that fit.
+    """
+    import timm
+    import convnn_timm.models  # noqa: F401, registers the models
+
+    try:
+        source, _ = timm.models.parse_model_name(name)
+    except ValueError as error:
+        raise CommandError(str(error), code=2) from error
+    if source is None and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(include_tags=True) + timm.list_models())
+        hint = f'did you mean {", ".join(close)}?' if close else '`convnn-timm list` shows those of this package'
+        raise CommandError(f'unknown model {name!r}; {hint}', code=2)
+
+    kwargs = {}
+    if checkpoint:
+        if source is not None:
+            raise CommandError(f'--checkpoint needs the name of an architecture; {name!r} has its own weights', code=2)
+        kwargs = checkpoint_kwargs(name, checkpoint)
+    try:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except Exception as error:
+        if 'No pretrained weights exist' in str(error):
+            raise CommandError(
+                f'{name} has no published weights; train it (`convnn-timm train --model {name} ...`) and use '
+                '`--model local-dir:RUN/model`, or name a file of weights with --checkpoint') from error
+        if checkpoint:
+            raise CommandError(
+                f'{checkpoint} does not fit {name}: {one_line(error)} If the model was trained with other arguments, '
+                'use the model/ folder of its run: --model local-dir:RUN/model') from error
+        raise CommandError(f'cannot load {name}: {one_line(error)}') from error
+
+
+def checkpoint_kwargs(name: str, checkpoint: str) -> dict:
+    """Arguments that make `timm.create_model(name, pretrained=True)` take its weights from a file."""
+    import timm
+
+    if not Path(checkpoint).is_file():
+        raise CommandError(f'checkpoint {checkpoint} not found')
+    try:
+        state_dict = timm.models.load_state_dict(checkpoint)
+    except Exception as error:
+        raise CommandError(f'cannot read checkpoint {checkpoint}: {one_line(error)}') from error
+    config = timm.get_pretrained_cfg(name)
+    bias = state_dict.get(f'{config.classifier}.bias')
+    num_classes = config.num_classes if bias is None else len(bias)
+    # The class names of the published weights need not be those of this file.
+    overlay = dict(state_dict=state_dict, num_classes=num_classes, label_names=None)
+    return dict(pretrained_cfg_overlay=overlay, num_classes=num_classes)
+
+
+def class_names(model: 'nn.Module') -> Callable[[int], str]:
+    """Function from a class index to the name that came with the weights, or to the index where none came."""
+    from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper
+
+    names = model.pretrained_cfg.get('label_names')
+    return DatasetInfoLabelMapper(CustomDatasetInfo(names), 'name', fallback_format='{index}') if names else str
+
+
+def find_images(paths: List[str]) -> Iterator[Path]:
+    """Yield the files named, and the images in the folders named and below, sorted."""
+    from timm.data import is_img_extension
+
+    for path in map(Path, paths):
+        if path.is_dir():
+            images = sorted(p for p in path.rglob('*') if is_img_extension(p.suffix.lower()) and p.is_file())
+            yield from images or [path]  # an empty folder is reported where it is read
+        else:
+            yield path
+
+
+def read_image(path: Path, mode: str = 'RGB') -> 'Image.Image':
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if path.is_dir():
+        raise CommandError(f'{path}: no images in this folder')
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise CommandError(f'{path}: not found') from error
+    except UnidentifiedImageError as error:
+        raise CommandError(f'{path}: not an image') from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CommandError(f'{path}: cannot be read: {one_line(error)}') from error
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip to 8 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
+
+
+def one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())[:300] or type(error).__name__

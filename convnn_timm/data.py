@@ -1,0 +1,251 @@
+""" The trainer's images: which ones, and how they become batches. """
+import argparse
+import logging
+import math
+import os
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, create_transform
+from timm.data.loader import PrefetchLoader
+from torchvision import transforms
+
+__all__ = ['MemoryBatches', 'Part', 'UsageError', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
+
+_logger = logging.getLogger(__name__)
+
+# A split is kept decoded in memory if it takes less than this.
+MEMORY_LIMIT = 2 ** 30
+
+
+class UsageError(Exception):
+    """Arguments, files or data that do not fit together; the message says what to do."""
+
+
+class Part(torch.utils.data.Dataset):
+    """Some images of a data set, with a transform of their own."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, indices: Sequence[int]):
+        self.dataset = dataset
+        self.indices = indices
+        self.transform = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Tuple[Any, int]:
+        image, target = self.dataset[self.indices[i]]
+        return self.transform(image), target
+
+
+def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[str]]]:
+    """Open the images to train on, those to evaluate on, and the names of the classes if the data knows them."""
+    train_set = open_split(args, args.train_split)
+    everything = range(len(train_set))
+    names = class_names(train_set)
+    if args.holdout:
+        held_out = holdout_split(class_numbers(train_set), args.holdout)
+        return Part(train_set, sorted(set(everything) - set(held_out))), Part(train_set, held_out), names
+    eval_set = open_split(args, args.val_split)
+    if class_names(eval_set) != names:
+        raise UsageError(f'the splits {args.train_split!r} and {args.val_split!r} have different classes')
+    return Part(train_set, everything), Part(eval_set, range(len(eval_set))), names
+
+
+def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
+    """Open one split of the data."""
+    if not args.dataset and not os.path.isdir(args.data_dir):
+        raise UsageError(f'there is no folder {args.data_dir}')
+    dataset = create_dataset(
+        args.dataset,
+        root=args.data_dir,
+        split=split,
+        download=args.dataset_download,
+        input_img_mode='L' if args.input_size and args.input_size[0] == 1 else 'RGB',
+    )
+    # Where a folder lacks the split, timm opens all of it, training and test images together.
+    if not args.dataset and os.path.samefile(dataset.reader.root, args.data_dir):
+        raise UsageError(f'{args.data_dir} has no folder {split!r}: see --train-split, --val-split and --holdout')
+    return dataset
+
+
+def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
+    """Names of the classes in the order of their numbers."""
+    numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    return sorted(numbers, key=numbers.get) if numbers else None
+
+
+def class_numbers(dataset: torch.utils.data.Dataset) -> List[int]:
+    """The class of each image, without decoding it."""
+    if hasattr(dataset, 'targets'):
+        return [int(target) for target in dataset.targets]
+    if hasattr(dataset, 'reader') and hasattr(dataset.reader, 'samples'):
+        return [target for _, target in dataset.reader.samples]
+    raise UsageError('--holdout needs a folder or a torch/ data set: this one does not list the classes of its images')
+
+
+def holdout_split(targets: Sequence[int], count: int) -> List[int]:
+    """Choose ``count`` of the images with these classes: the same fraction of each class, and always the same ones."""
+    if not 0 < count < len(targets):
+        raise UsageError(f'--holdout {count}: there are {len(targets)} training images')
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
+    by_class = sorted(shuffled, key=targets.__getitem__)  # stable, so still shuffled within a class
+    return sorted(by_class[i * len(targets) // count] for i in range(count))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Seed of all random choices of an epoch, which so depends on nothing else but the weights it starts with."""
+    return seed + 10_007 * (epoch + 1)
+
+
+class MemoryBatches:
+    """Batches of images that are held in memory, cropped and flipped as tensors.
+
+    The random choices of an epoch are drawn before its first batch, for all images and the same in all processes.
+
+    Args:
+        images: All images, uint8 (N, C, H, W).
+        targets: Their classes (N).
+        batch_size: Images of one batch of one process.
+        train: Shuffle, crop and flip, leave out the last incomplete batch, and take this process's share.
+        crop_padding: Width in pixels of the black border that a crop may reach into.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+    """
+
+    def __init__(
+            self,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            batch_size: int,
+            train: bool = False,
+            crop_padding: int = 0,
+            hflip: float = 0.,
+            vflip: float = 0.,
+            seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
+    ):
+        self.images, self.targets, self.batch_size, self.train = images, targets, batch_size, train
+        self.crop_padding, self.flips = crop_padding, (hflip, vflip)
+        self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+
+    def __len__(self) -> int:
+        if self.train:
+            return len(self.images) // (self.batch_size * self.world_size)
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        if not self.train:
+            yield from zip(self.images.split(self.batch_size), self.targets.split(self.batch_size))
+            return
+        count, device = len(self.images), self.images.device
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        order = torch.randperm(count, generator=generator)[:len(self) * self.batch_size * self.world_size]
+        corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator).to(device)
+        chance = torch.rand(count, 2, generator=generator).to(device)
+        for i in order[self.rank::self.world_size].to(device).split(self.batch_size):
+            yield self._augment(self.images[i], corner[i], chance[i]), self.targets[i]
+
+    def _augment(self, images: torch.Tensor, corner: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+        if self.crop_padding:
+            height, width = images.shape[2:]
+            crops = F.pad(images, [self.crop_padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # all, as a view
+            images = crops[torch.arange(len(images), device=images.device), :, corner[:, 0], corner[:, 1]]
+        for dim, flip, value in zip((3, 2), self.flips, chance.unbind(1)):
+            if flip:
+                images = torch.where(value[:, None, None, None] < flip, images.flip(dim), images)
+        return images
+
+
+def read_images(part: Part, transform: Callable, workers: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Decode all images of a part, uint8 (N, C, H, W), and their classes (N)."""
+    _logger.info(f'reading {len(part):,} images into memory')
+    part.transform = transform
+    images = torch.empty(len(part), *part[0][0].shape, dtype=torch.uint8)
+    targets = torch.empty(len(part), dtype=torch.long)
+    batches = torch.utils.data.DataLoader(part, batch_size=256, num_workers=workers)
+    for i, (batch, classes) in enumerate(batches):
+        images[256 * i:256 * i + len(batch)], targets[256 * i:256 * i + len(batch)] = batch, classes
+    return images, targets
+
+
+def create_batches(
+        part: Part,
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        train: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+):
+    """Normalized batches on the device: from memory where the arguments allow it, else from timm's loader.
+
+    Args:
+        part: The images; those to evaluate on are this process's own.
+        args: The trainer's arguments.
+        data_config: From ``timm.data.resolve_data_config``.
+        device: Where the batches go.
+        train: Augment, shuffle, and share the images between the processes.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    size, interpolation, crop_pct = (data_config[key] for key in ('input_size', 'interpolation', 'crop_pct'))
+    normalize = dict(mean=data_config['mean'], std=data_config['std'], device=device)
+    batch_size = args.batch_size if train else args.validation_batch_size or args.batch_size
+    augment = train and not args.no_aug
+    crop_padding = args.crop_padding if augment else None
+    erase = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount) if augment else {}
+    plain = create_transform(
+        size,
+        is_training=train,
+        no_aug=True,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        use_prefetcher=True,
+    )
+
+    simple = not augment or (crop_padding is not None and not args.aa and not args.color_jitter)
+    if args.cache and simple and len(part) * math.prod(size) < MEMORY_LIMIT:
+        images, targets = read_images(part, plain, args.workers)
+        batches = MemoryBatches(
+            images.to(device),
+            targets.to(device),
+            batch_size,
+            train=train,
+            crop_padding=crop_padding or 0,
+            hflip=args.hflip if augment else 0.,
+            vflip=args.vflip if augment else 0.,
+            seed=args.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        return PrefetchLoader(batches, channels=size[0], **normalize, **erase)
+
+    loader = create_loader(
+        part,
+        size,
+        batch_size,
+        is_training=train,
+        no_aug=not augment,
+        train_crop_mode=args.train_crop_mode if crop_padding is None else 'rrc',
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation if augment and args.train_interpolation else interpolation,
+        crop_pct=crop_pct,
+        num_workers=args.workers,
+        distributed=train and world_size > 1,
+        persistent_workers=False,  # so that each epoch's begin with the epoch's seed
+        **normalize,
+        **erase,
+    )
+    if train and world_size > 1:
+        loader.sampler.seed = args.seed
+    if crop_padding is not None:  # instead of timm's first step, which is its crop
+        part.transform.transforms[:1] = [*plain.transforms[:-1], transforms.RandomCrop(size[1:], padding=crop_padding)]
+    return loader

@@ -1,0 +1,184 @@
+"""The first thing to run: from scans of handwritten digits to a trained network and a picture of what it reads.
+
+The scans are real and come with scikit-learn (`load_digits`: 1,797 scans of 8x8, from 43 writers; the writers of the
+held-out scans are those of the training scans), so nothing is downloaded. Everything lands in one folder:
+
+    digits/{train,validation}/<digit>/NNNN.png    the scans
+    run/                                          the training run, its model in run/model/
+    predictions.png                               held-out scans with what the network read
+
+Run again, it goes on where it stopped: the scans stay, an interrupted training resumes, a finished one is only shown.
+"""
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import List, NamedTuple, Sequence
+
+__all__ = ['QuickstartError', 'quickstart']
+
+MODEL = 'resnet18_convnn_branching'
+GOAL = 95.0  # percent of the held-out scans
+NOTE = 'Made by `convnn-timm quickstart`. Nothing else depends on this folder: delete it when you like.\n'
+
+
+class QuickstartError(Exception):
+    """The quickstart cannot go on, or ended below its goal; the message says what to do."""
+
+
+class Reading(NamedTuple):
+    """One scan, the digit it shows, and what the network read with which probability."""
+    path: Path
+    truth: str
+    answer: str
+    probability: float
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.truth
+
+
+def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[str] = ()) -> float:
+    """Write the digits, train on them, load the trained model back, read held-out scans with it.
+
+    Args:
+        output: Folder to make, or one that an earlier call made.
+        train_args: Arguments for the trainer that override the recipe.
+
+    Returns:
+        Share of the held-out scans that the network reads right, in percent.
+
+    Raises:
+        QuickstartError: If `output` is in use for something else, or the share is below 95 %.
+    """
+    start = time.time()
+    data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
+    claim_folder(output)
+
+    say('1. Data', f'1,797 scans of handwritten digits, 8x8, that come with scikit-learn: {data}')
+    write_digits(data)
+    counts = {split: len(list((data / split).rglob('*.png'))) for split in ('train', 'validation')}
+    say('', f'{counts["train"]:,} to train on, {counts["validation"]:,} held out, as 16x16 PNG, one folder per digit.')
+
+    say('2. Training', f'{MODEL} on the CPU. In each 3x3 layer of this ResNet, half of the channels')
+    say('', 'look at the pixels around a pixel, the other half at the pixels most like it.')
+    train_digits(data, run, train_args)
+
+    say('3. Loading', f"timm.create_model('local-dir:{run / 'model'}', pretrained=True)")
+    readings = read_digits(run / 'model', data / 'validation')
+    accuracy = 100 * sum(r.right for r in readings) / len(readings)
+    say('', f'It reads {accuracy:.2f} % of the {len(readings)} held-out scans right.')
+
+    say('4. Picture', f'Some of them, all mistakes first: {picture}')
+    draw(readings, picture)
+    if accuracy < GOAL:
+        raise QuickstartError(
+            f'{accuracy:.2f} % of the held-out scans are read right, {GOAL:.0f} % is the goal. '
+            f'The curve of the training is {run / "curve.png"}; to start over, delete {output}')
+
+    print(f'\nDone in {time.time() - start:.0f} s. What next?')
+    print(f'  convnn-timm predict {data / "validation" / "3"} --model local-dir:{run / "model"}')
+    print("  convnn-timm list 'resnet18*'")
+    print('  convnn-timm train -c cifar10 --dataset torch/cifar10 --dataset-download --data-dir data')
+    return accuracy
+
+
+def say(step: str, text: str) -> None:
+    print(f'{step:<13}{text}', flush=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the folder, with a note by which a later call knows that it may write here."""
+    note = folder / 'README.txt'
+    if note.is_file() and note.read_text() == NOTE:
+        return
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise QuickstartError(f'{folder} exists and is not from a quickstart; choose another folder with --output')
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(NOTE)
+
+
+def write_digits(folder: Path) -> None:
+    """Write the scans as an image folder, the same 360 of them held out each time, 36 of each digit or nearly so."""
+    if folder.exists():
+        return
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    scans = range(len(digits.target))
+    held_out = set(train_test_split(scans, test_size=360, stratify=digits.target, random_state=0)[1])
+
+    partial = folder.with_name(folder.name + '.partial')  # an interrupted call leaves no half-filled folder of digits
+    shutil.rmtree(partial, ignore_errors=True)
+    for i, (scan, digit) in enumerate(zip(digits.images, digits.target)):
+        image = Image.fromarray((scan * (255 / 16)).round().astype(np.uint8))  # values 0 .. 16, ink is bright
+        path = partial / ('validation' if i in held_out else 'train') / str(digit) / f'{i:04d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.resize((16, 16), Image.Resampling.BICUBIC).save(path)
+    os.replace(partial, folder)
+
+
+def train_digits(data: Path, run: Path, train_args: Sequence[str] = ()) -> None:
+    from convnn_timm.train import main as train
+
+    try:
+        train([
+            '-c', 'digits', '--model', MODEL, '--data-dir', str(data), '--device', 'cpu',
+            '--output', str(run.parent), '--experiment', run.name, '--resume', 'auto', *train_args,
+        ])
+    except SystemExit as stop:
+        raise QuickstartError(
+            f'the training ended early: {stop}\n'
+            f'Run the quickstart again to go on, or delete {run.parent} to start over') from stop
+
+
+def read_digits(model_folder: Path, images: Path) -> List[Reading]:
+    """Classify all scans of a folder with a saved model."""
+    import timm
+    import torch
+    from timm.data import ImageDataset, create_transform, resolve_data_config
+    import convnn_timm.models  # noqa: F401, registers the models
+
+    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    dataset = ImageDataset(str(images), transform=transform)
+    names = model.pretrained_cfg['label_names']
+
+    readings = []
+    with torch.inference_mode():
+        for pixels, targets in torch.utils.data.DataLoader(dataset, batch_size=60):
+            for target, (p, index) in zip(targets, zip(*model(pixels).softmax(dim=-1).max(dim=-1))):
+                path = images / dataset.filename(len(readings))
+                readings.append(Reading(path, names[target], names[index], p.item()))
+    return readings
+
+
+def draw(readings: List[Reading], picture: Path, rows: int = 6, columns: int = 10) -> None:
+    """Draw a sheet of scans with the answers as titles: the mistakes first, then right ones evenly from all digits."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    wrong = [r for r in readings if not r.right][:rows * columns]
+    right = [r for r in readings if r.right]
+    room = min(rows * columns - len(wrong), len(right))
+    shown = wrong + [right[i * len(right) // room] for i in range(room)]
+
+    figure = Figure(figsize=(columns, 1.25 * rows + 0.6), layout='constrained')
+    figure.suptitle(
+        f'{len(shown)} of {len(readings)} held-out scans and what {MODEL} read\n'
+        f'{sum(not r.right for r in readings)} of {len(readings)} are wrong (framed, ✗)')
+    for axes in figure.subplots(rows, columns).flat:
+        axes.axis('off')
+    for axes, reading in zip(figure.axes, shown):
+        axes.axis('on')
+        axes.set(xticks=[], yticks=[])
+        axes.imshow(Image.open(reading.path), cmap='gray_r', vmin=0, vmax=255)
+        axes.spines[:].set(visible=not reading.right, linewidth=3, color='tab:red')
+        if reading.right:
+            axes.set_title(reading.answer, fontsize=11)
+        else:
+            axes.set_title(f'✗ {reading.answer}, is {reading.truth}', fontsize=11, color='tab:red', weight='bold')
+    figure.savefig(picture, dpi=120)

@@ -1,0 +1,198 @@
+"""The command line, called in process: what it prints, what it returns, what a person sees when something is wrong."""
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from convnn_timm import cli
+
+NAMES = ['ant', 'bee', 'cat']
+
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory):
+    """A small timm model saved as a folder, three classes, 24x24 pixels."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('model')
+    model = timm.create_model('test_resnet', num_classes=3)
+    config = dict(label_names=NAMES, pretrained_cfg=dict(input_size=(3, 24, 24), crop_pct=1.0))
+    timm.models.save_for_hf(model, folder, model_config=config, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image file, and its pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    path = tmp_path / 'photo.png'
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def run(capsys, *argv):
+    status = cli.main(argv)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def error_of(capsys, *argv, status=1):
+    """The message of a call that fails with `status`; it is one line and nothing else."""
+    actual, _, err = run(capsys, *argv)
+    assert actual == status, err
+    assert err.startswith('convnn-timm: error: ') and err.count('\n') == 1, err
+    return err
+
+
+@pytest.mark.parametrize('command', ['', 'list', 'info', 'run', 'predict', 'quickstart'])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), '--help'])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert 'train' in out if not command else f'examples:\n  convnn-timm {command}' in out
+
+
+def test_module_helps_without_torch():
+    """`python -m convnn_timm` is the same command, and its help does not wait for PyTorch."""
+    code = 'import sys, runpy; sys.argv = ["convnn-timm", "--help"]\n' \
+           'try: runpy.run_module("convnn_timm", run_name="__main__")\n' \
+           'finally: assert not {"torch", "timm"} & set(sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'quickstart' in done.stdout, done.stderr
+
+
+def test_wrong_calls(capsys):
+    assert 'COMMAND' in error_of(capsys, status=2)
+    assert "'prdict'" in error_of(capsys, 'prdict', status=2)
+    assert 'convnn-timm predict --help' in error_of(capsys, 'predict', 'a.png', status=2)
+    assert '--topk' in error_of(capsys, 'predict', 'a.png', '--model', 'resnet18', '--topk', '0', status=2)
+
+
+def test_train_and_run_hand_their_arguments_over(monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, 'convnn_timm.train', types.SimpleNamespace(main=seen.append))
+    assert cli.main(['train', '--model', 'resnet18', '--help']) == 0
+    assert seen == [['--model', 'resnet18', '--help']]
+
+    monkeypatch.setattr('convnn_timm.autoload.run_script', lambda *args: seen.append(args), raising=False)
+    assert cli.main(['run', 'train.py', '--lr', '0.1', '--help', 'data']) == 0
+    assert seen[1:] == [('train.py', ['--lr', '0.1', '--help', 'data'])]
+
+
+def test_list(capsys):
+    status, out, _ = run(capsys, 'list', 'resnet18_conv*')
+    header, *rows = out.splitlines()
+    assert status == 0 and header.split() == ['model', 'parameters', 'MACs', 'weights']
+    assert len(rows) == 6
+    name, parameters, macs, unit, *weights = next(row for row in rows if row.startswith('resnet18_conv2d ')).split()
+    model = timm.create_model(name)
+    assert parameters == f'{sum(p.numel() for p in model.parameters()):,}'
+    assert 0.5 < float(macs) < 0.6 and unit == 'G'  # a ResNet-18 for 32x32 images
+    assert weights
+
+
+def test_list_shows_only_this_package(capsys):
+    assert "no model matches 'resnet18'" in error_of(capsys, 'list', 'resnet18')
+
+
+def test_info(capsys):
+    status, out, _ = run(capsys, 'info')
+    assert status == 0
+    assert f'torch            {torch.__version__}' in out
+    assert any(line.split()[:3] == ['neighbor_conv', 'torch', 'yes'] for line in out.splitlines())
+
+
+def test_predict_probabilities(capsys, model_folder, photo):
+    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
+    config = timm.data.resolve_data_config({}, model=model)
+    x = (torch.tensor(np.array(Image.open(photo))).permute(2, 0, 1) / 255 - torch.tensor(config['mean'])[:, None, None])
+    with torch.no_grad():
+        p = model((x / torch.tensor(config['std'])[:, None, None])[None]).softmax(1)[0]
+
+    status, out, err = run(capsys, 'predict', str(photo), '--model', f'local-dir:{model_folder}', '--device', 'cpu')
+    assert (status, err) == (0, '')
+    best = p.argsort(descending=True).tolist()
+    assert out.splitlines() == [str(photo)] + [f'  {100 * p[i]:6.2f} %  {NAMES[i]}' for i in best]
+
+
+def test_predict_topk_and_folders(capsys, model_folder, tmp_path):
+    for name in ('b.png', 'a.JPG', 'deep/er/c.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (20, 10)).save(tmp_path / name)
+    (tmp_path / 'notes.txt').write_text('not an image')
+    _, out, _ = run(capsys, 'predict', str(tmp_path), '--model', f'local-dir:{model_folder}', '--topk', '1')
+    lines = out.splitlines()
+    assert lines[::2] == [str(tmp_path / name) for name in ('a.JPG', 'b.png', 'deep/er/c.png')]
+    assert all(line.endswith(tuple(NAMES)) for line in lines[1::2])
+
+
+@pytest.mark.parametrize('mode, size', [
+    ('1', (9, 40)), ('L', (1, 1)), ('LA', (24, 24)), ('P', (300, 20)), ('RGBA', (24, 24)), ('CMYK', (7, 7)),
+    ('I;16', (9, 9)),
+])
+def test_predict_any_image(capsys, model_folder, tmp_path, mode, size):
+    path = tmp_path / 'image.tiff'
+    Image.new(mode, size).save(path)
+    status, out, err = run(capsys, 'predict', str(path), '--model', f'local-dir:{model_folder}')
+    assert (status, err) == (0, '') and len(out.splitlines()) == 4
+
+
+def test_16_bits_are_scaled(tmp_path):
+    path = tmp_path / 'deep.png'
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(path)
+    assert np.array(cli.read_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_predict_goes_on_after_a_bad_image(capsys, model_folder, photo, tmp_path):
+    (tmp_path / 'text.png').write_text('not an image')
+    (tmp_path / 'half.png').write_bytes(photo.read_bytes()[:500])
+    (tmp_path / 'empty').mkdir()
+    bad = [tmp_path / name for name in ('text.png', 'half.png', 'gone.png', 'empty')]
+    status, out, err = run(capsys, 'predict', *map(str, bad), str(photo), '--model', f'local-dir:{model_folder}')
+    assert status == 1
+    assert out.splitlines()[0] == str(photo)
+    complaints = ('not an image', 'cannot be read', 'not found', 'no images in this folder')
+    for line, path, complaint in zip(err.splitlines(), bad, complaints, strict=True):
+        assert line.startswith(f'convnn-timm: error: {path}: {complaint}')
+
+
+def test_predict_with_checkpoint(capsys, photo, tmp_path):
+    """Weights of a training run: as many classes as they have, called by index because their names are not known."""
+    model = timm.create_model('test_resnet', num_classes=4)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
+    status, out, _ = run(
+        capsys, 'predict', str(photo), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last.pth.tar'))
+    assert status == 0
+    assert sorted(line.split()[-1] for line in out.splitlines()[1:]) == ['0', '1', '2', '3']
+
+
+def test_model_errors(capsys, photo, model_folder, tmp_path):
+    def error(*args, status=1):
+        return error_of(capsys, 'predict', str(photo), *args, status=status)
+
+    assert 'did you mean resnet18_convnn' in error('--model', 'resnet18_convn', status=2)
+    assert '`convnn-timm list`' in error('--model', 'zzzz', status=2)
+    assert "'local-dir:some/folder'" in error('--model', 'some/folder', status=2)
+    assert 'convnn-timm train --model vgg11_convnn_attn' in error('--model', 'vgg11_convnn_attn')
+    assert 'config.json' in error('--model', f'local-dir:{tmp_path}')
+    assert "device 'gpu'" in error('--model', f'local-dir:{model_folder}', '--device', 'gpu', status=2)
+
+    checkpoint = tmp_path / 'last.pth.tar'
+    assert f'{checkpoint} not found' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    checkpoint.write_text('nothing')
+    assert f'cannot read checkpoint {checkpoint}' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    torch.save(timm.create_model('test_vit').state_dict(), checkpoint)
+    assert 'local-dir:RUN/model' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    assert 'has its own weights' in error(
+        '--model', f'local-dir:{model_folder}', '--checkpoint', str(checkpoint), status=2)
+
+
+def test_quickstart_failure_is_one_line(capsys, tmp_path):
+    (tmp_path / 'thesis.txt').write_text('mine')
+    assert 'choose another folder with --output' in error_of(capsys, 'quickstart', '--output', str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ['thesis.txt']

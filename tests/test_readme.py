@@ -1,0 +1,72 @@
+"""What the README says runs: its Python blocks, its commands, its tables."""
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from convnn_timm.cli import build_parser
+from convnn_timm.layers import LAYER_TYPES, layer_arguments
+from convnn_timm.train import build_parser as build_train_parser
+
+README = (Path(__file__).parent.parent / 'README.md').read_text()
+
+AUTHORS_FLAGS = """
+    model layer K kernel_size padding sampling_type num_samples sample_padding attention_dropout shuffle_pattern
+    shuffle_scale magnitude_type similarity_type aggregation_type lambda_param branch_ratio dataset resize augment noise
+    data_path use_compiled compile_mode batch_size num_epochs use_amp clip_grad_norm criterion optimizer momentum weight_decay lr
+    lr_step lr_gamma scheduler device seed output_dir test_only
+""".split()
+
+
+def rows(first_cell):
+    """Cells of the table rows whose first cell matches, without backticks."""
+    lines = [line.replace('`', '') for line in README.splitlines() if line.startswith('|')]
+    table = [[cell.strip() for cell in line[1:-1].split('|')] for line in lines]
+    return [row for row in table if re.fullmatch(first_cell, row[0])]
+
+
+@pytest.mark.parametrize('code', re.findall(r'^```python\n(.*?)^```', README, re.DOTALL | re.MULTILINE))
+def test_python_block(code):
+    torch.manual_seed(0)
+    exec(compile(code, 'README.md', 'exec'), {})
+
+
+def test_each_flag_of_the_authors_has_one_row():
+    assert sorted(row[0] for row in rows(r'--\w+')) == sorted(f'--{flag}' for flag in AUTHORS_FLAGS)
+
+
+def test_what_stands_for_a_flag_exists():
+    """Arguments of our trainer, unless the row says that only timm's script has them, and keywords of the models."""
+    known = set(build_train_parser()._option_string_actions) | {'input_noise', *layer_arguments()}
+    for flag, here, note in rows(r'--\w+'):
+        named = re.findall(r'--[a-z][a-z-]*', here) + re.findall(r'keyword (\w+)', here)
+        unknown = set(named) - known
+        assert not unknown or "timm's script only" in note, f'{flag}: {unknown}'
+        assert named or flag == '--test_only'
+
+
+def test_keywords_and_defaults():
+    """The table has every keyword of the models, with its default."""
+    shown = {}
+    for names, defaults, _ in rows(r'[a-zK]\w*(, \w+)*'):
+        shown.update(zip(names.split(', '), defaults.split(', ')))
+    keywords = {'input_noise': '0', 'bias': '', 'kernel_size': '3'}
+    for layer in ('convnn', 'convnn_branching_attn'):
+        parameters = inspect.signature(LAYER_TYPES[layer]).parameters
+        keywords |= {name: str(parameters[name].default) for name in layer_arguments(layer) if name not in keywords}
+    assert {name: shown.get(name) for name in keywords} == keywords
+    assert set(layer_arguments()) < set(keywords)
+
+
+def test_commands_exist():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    named = set(re.findall(r'(?:convnn-timm|-m convnn_timm) (\w+)', README))
+    assert named <= set(commands) and {'quickstart', 'train', 'predict', 'list', 'info', 'run'} == named
+
+
+def test_install_commands_stand_alone():
+    """.ci/run takes the lines from here."""
+    assert re.findall(r'^pip install .*', README, re.MULTILINE) == [
+        'pip install . && convnn-timm quickstart', 'pip install ".[test]" && pytest']

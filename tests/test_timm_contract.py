@@ -1,0 +1,113 @@
+"""timm's own model tests, taken from the source distribution of the installed timm, pass for the models of this project.
+
+A model counts as tested if every test function that timm runs for its own resnet18 (or vgg11) has run for it and passed,
+without a skip. What timm runs for its own is collected from the same file without the plugin. Slow: all 36 models.
+
+CONVNN_TIMM_TESTS_TIMM_SDIST may name an unpacked source distribution; otherwise pip downloads it once into pytest's cache.
+"""
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from timm_plugin import NEED_WEIGHTS, stands_for
+
+VARIANTS = ('conv2d', 'conv2d_new', 'convnn', 'convnn_attn', 'convnn_branching', 'convnn_branching_attn')
+BACKBONES = ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
+ALL = [f'{backbone}_{variant}' for backbone in BACKBONES for variant in VARIANTS]
+DEFAULT = ['vgg11_convnn_branching', *(f'resnet18_{variant}' for variant in VARIANTS)]
+WORKERS = min(os.cpu_count(), 4)  # processes of one thread each
+
+
+@pytest.fixture
+def timm_tests(pytestconfig, tmp_path) -> Path:
+    """timm's tests/test_models.py in an empty folder, away from the rest of timm's sources and their configuration."""
+    path = tmp_path / 'test_models.py'
+    unpacked = os.environ.get('CONVNN_TIMM_TESTS_TIMM_SDIST')
+    if unpacked:
+        path.write_bytes(Path(unpacked, 'tests', 'test_models.py').read_bytes())
+    else:
+        with tarfile.open(fetch_timm(pytestconfig.cache.mkdir('timm'))) as archive:
+            member = next(name for name in archive.getnames() if name.endswith('/tests/test_models.py'))
+            path.write_bytes(archive.extractfile(member).read())
+    (tmp_path / 'pytest.ini').write_text('[pytest]\n')
+    return path
+
+
+def fetch_timm(folder: Path) -> Path:
+    """Downloads the source distribution of the installed timm unless the folder has it."""
+    version = importlib.metadata.version('timm')
+    archive = folder / f'timm-{version}.tar.gz'
+    if not archive.exists():
+        command = f'{sys.executable} -m pip download --no-deps --no-binary :all: timm=={version} --dest'.split(' ')
+        pip = subprocess.run([*command, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if pip.returncode:
+            stop = pytest.fail if os.environ.get('CI') == 'true' else pytest.skip
+            stop(f'pip cannot fetch the tests of timm {version} (a skip, but a failure where CI=true):\n{pip.stdout}')
+    return archive
+
+
+def start_pytest(timm_tests: Path, *args: str) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name not in ('GITHUB_ACTIONS', 'PYTEST_ADDOPTS')}
+    env.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=f'{Path(__file__).parent}:{env.get("PYTHONPATH", "")}')
+    return subprocess.Popen(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', *args, timm_tests.name],
+        cwd=timm_tests.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def functions_of_timm(timm_tests: Path) -> dict[str, set[str]]:
+    """The test functions that timm applies to its own models which ours stand for."""
+    names = ('resnet18', 'vgg11')
+    listing, _ = start_pytest(timm_tests, '--collect-only', '-k', ' or '.join(names)).communicate()
+    found = re.findall(rf'::(\w+)\[(?:.*-)?({"|".join(names)})(?:\.\w+)?(?:-.*)?\]', listing)
+    return {name: {function for function, model in found if model == name} - NEED_WEIGHTS for name in names}
+
+
+def check(models: list[str], timm_tests: Path) -> None:
+    expected = functions_of_timm(timm_tests)
+    assert all(len(functions) >= 11 for functions in expected.values()), expected
+
+    shares = [models[worker::WORKERS] for worker in range(WORKERS)]
+    reports = [timm_tests.with_name(f'{worker}.xml') for worker in range(WORKERS)]
+    processes = [
+        start_pytest(timm_tests, '-p', 'timm_plugin', f'--project-models={",".join(share)}', f'--junit-xml={report}')
+        for share, report in zip(shares, reports) if share]
+    outputs = [process.communicate()[0] for process in processes]
+    complaints = [output for output, process in zip(outputs, processes) if process.returncode]
+    if complaints:
+        pytest.fail('\n'.join(complaints), pytrace=False)
+
+    passed = defaultdict(set)
+    for report in reports[:len(processes)]:
+        for case in ElementTree.parse(report).iter('testcase'):
+            assert not list(case), f'{case.get("name")}: {ElementTree.tostring(case, "unicode")}'  # such as <skipped>
+            function, parameters = case.get('name').rstrip(']').split('[')
+            model = next(model for part in parameters.split('-') if (model := part.split('.')[0]) in models)
+            passed[model].add(function)
+    assert passed == {model: expected[stands_for(model)] for model in models}
+
+
+@pytest.mark.timeout(900)
+def test_default_models(timm_tests):
+    check(DEFAULT, timm_tests)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_models(timm_tests):
+    check(ALL, timm_tests)
+
+
+@pytest.mark.parametrize('ci, outcome', [('true', pytest.fail.Exception), ('', pytest.skip.Exception)])
+def test_without_network_it_fails_in_ci_and_is_skipped_elsewhere(ci, outcome, monkeypatch, tmp_path):
+    monkeypatch.setenv('CI', ci)
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    with pytest.raises(outcome, match='pip cannot fetch the tests of timm'):
+        fetch_timm(tmp_path)
