@@ -1,16 +1,16 @@
-"""Brings the models into timm's registry, whoever imports what first, and runs scripts that know nothing of this package.
+"""Brings the models into timm's registry, whoever imports what first, and runs scripts that know nothing of them.
 
 PyTorch calls `install` at the end of `import torch` (entry point in the group `torch.backends`); `import convnn_timm`
-calls it too. It imports nothing: it leaves a finder on `sys.meta_path` that imports `convnn_timm.models`, which registers
-the models, right after `timm.models` has been executed, and then goes away. `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches
-PyTorch's part off; `import convnn_timm` and `run_script` work without it.
+calls it too. It imports nothing: it leaves a finder on `sys.meta_path` that imports `convnn_timm.models`, which
+registers the models, right after `timm.models` has been executed, and then goes away. `import convnn_timm` and
+`run_script` do the same where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps PyTorch from it.
 
 Who sees an error if the models cannot be registered:
 
 * `import torch` and `import timm` never fail: the finder turns whatever goes wrong into one warning.
 * `import convnn_timm` when timm is already there raises it, and so do `run_script` and `import convnn_timm.models`:
-  their caller asked for the models. (Python executes a package once: after the finder's warning `import convnn_timm` has
-  nothing left to do, `import convnn_timm.models` still raises.)
+  their caller asked for the models. (Python executes a package once: after the finder's warning `import convnn_timm`
+  has nothing left to do, `import convnn_timm.models` still raises.)
 """
 import functools
 import importlib

@@ -33,7 +33,7 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, met
     index, score = knn(query, candidates, k, metric, exclude)
     expected_index, expected_score = reference.knn(query, candidates, k, metric, exclude)
     assert torch.equal(index, expected_index)
-    torch.testing.assert_close(score[..., :-1], expected_score[..., :-1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(score, expected_score, rtol=1e-12, atol=1e-12)
     if ties and M > 20:  # the case is worth its name
         assert (score[..., 1:] == score[..., :-1]).any()
 
@@ -76,6 +76,17 @@ def test_knn_score_has_the_gradient_of_the_definition(chunk_bytes, metric):
         return query.grad, candidates.grad
 
     torch.testing.assert_close(grads(knn), grads(reference.knn), rtol=1e-10, atol=1e-10)
+
+
+def test_knn_gives_zero_vectors_score_zero_without_gradient():
+    query, candidates = tokens(1, 3, 4), tokens(1, 5, 4, seed=1)
+    query[0, 1] = candidates[0, 2] = 0
+    query.requires_grad_(), candidates.requires_grad_()
+    index, score = knn(query, candidates, 5)
+    (score * torch.arange(1, 6)).sum().backward()
+    assert (score[0, 1] == 0).all() and (score[0][index[0] == 2] == 0).all()
+    assert (query.grad[0, 1] == 0).all() and (candidates.grad[0, 2] == 0).all()
+    assert (query.grad[0, 0] != 0).all()
 
 
 @pytest.mark.parametrize('args, message', [

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
+import convnn_timm.models  # noqa: F401
 from convnn_timm.cli import build_parser
 from convnn_timm.layers import LAYER_TYPES, layer_arguments
+from convnn_timm.macs import count_macs
 from convnn_timm.train import build_parser as build_train_parser
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
@@ -50,7 +53,7 @@ def test_what_stands_for_a_flag_exists():
 def test_keywords_and_defaults():
     """The table has every keyword of the models, with its default."""
     shown = {}
-    for names, defaults, _ in rows(r'[a-zK]\w*(, \w+)*'):
+    for names, defaults, *_ in rows(r'[a-zK]\w*(, \w+)*'):
         shown.update(zip(names.split(', '), defaults.split(', ')))
     keywords = {'input_noise': '0', 'bias': '', 'kernel_size': '3'}
     for layer in ('convnn', 'convnn_branching_attn'):
@@ -58,6 +61,14 @@ def test_keywords_and_defaults():
         keywords |= {name: str(parameters[name].default) for name in layer_arguments(layer) if name not in keywords}
     assert {name: shown.get(name) for name in keywords} == keywords
     assert set(layer_arguments()) < set(keywords)
+
+
+def test_sizes_of_models():
+    for layer, _, *sizes in rows(r'_conv\w+'):
+        for network, size in zip(('resnet18', 'vgg11'), sizes, strict=True):
+            model = timm.create_model(network + layer, device='meta')
+            parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
+            assert size == f'{parameters / 1e6:.1f} M, {macs / 1e9:.3f} G', network + layer
 
 
 def test_commands_exist():

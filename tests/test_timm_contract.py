@@ -1,9 +1,9 @@
-"""timm's own model tests, taken from the source distribution of the installed timm, pass for the models of this project.
+"""timm's own model tests, from the source distribution of the installed timm, pass for the models of this project.
 
-A model counts as tested if every test function that timm runs for its own resnet18 (or vgg11) has run for it and passed,
-without a skip. What timm runs for its own is collected from the same file without the plugin. Slow: all 36 models.
+A model counts as tested if every test function that timm runs for its own resnet18 (or vgg11) has run for it and
+passed, without a skip. What timm runs for its own is collected from the same file without the plugin. Slow: all 36 models.
 
-CONVNN_TIMM_TESTS_TIMM_SDIST may name an unpacked source distribution; otherwise pip downloads it once into pytest's cache.
+CONVNN_TIMM_TESTS_TIMM_SDIST may name an unpacked source distribution; otherwise pip fetches it once into pytest's cache.
 """
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,6 @@ VARIANTS = ('conv2d', 'conv2d_new', 'convnn', 'convnn_attn', 'convnn_branching',
 BACKBONES = ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
 ALL = [f'{backbone}_{variant}' for backbone in BACKBONES for variant in VARIANTS]
 DEFAULT = ['vgg11_convnn_branching', *(f'resnet18_{variant}' for variant in VARIANTS)]
-WORKERS = min(os.cpu_count(), 4)  # processes of one thread each
 
 
 @pytest.fixture
@@ -46,18 +45,20 @@ def fetch_timm(folder: Path) -> Path:
     version = importlib.metadata.version('timm')
     archive = folder / f'timm-{version}.tar.gz'
     if not archive.exists():
-        command = f'{sys.executable} -m pip download --no-deps --no-binary :all: timm=={version} --dest'.split(' ')
-        pip = subprocess.run([*command, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pip = subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', ':all:', f'timm=={version}'],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if pip.returncode:
             stop = pytest.fail if os.environ.get('CI') == 'true' else pytest.skip
             stop(f'pip cannot fetch the tests of timm {version} (a skip, but a failure where CI=true):\n{pip.stdout}')
     return archive
 
 
-def start_pytest(timm_tests: Path, *args: str) -> subprocess.Popen:
+def run_pytest(timm_tests: Path, *args: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name not in ('GITHUB_ACTIONS', 'PYTEST_ADDOPTS')}
-    env.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=f'{Path(__file__).parent}:{env.get("PYTHONPATH", "")}')
-    return subprocess.Popen(
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get('PYTHONPATH')])])
+    env.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONPATH=path)
+    return subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', *args, timm_tests.name],
         cwd=timm_tests.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -65,44 +66,47 @@ def start_pytest(timm_tests: Path, *args: str) -> subprocess.Popen:
 def functions_of_timm(timm_tests: Path) -> dict[str, set[str]]:
     """The test functions that timm applies to its own models which ours stand for."""
     names = ('resnet18', 'vgg11')
-    listing, _ = start_pytest(timm_tests, '--collect-only', '-k', ' or '.join(names)).communicate()
+    listing = run_pytest(timm_tests, '--collect-only', '-k', ' or '.join(names)).stdout
     found = re.findall(rf'::(\w+)\[(?:.*-)?({"|".join(names)})(?:\.\w+)?(?:-.*)?\]', listing)
-    return {name: {function for function, model in found if model == name} - NEED_WEIGHTS for name in names}
+    functions = {name: {function for function, model in found if model == name} - NEED_WEIGHTS for name in names}
+    assert all(len(found) >= 11 for found in functions.values()), listing  # that many in timm 1.0.31
+    return functions
 
 
-def check(models: list[str], timm_tests: Path) -> None:
+def functions_of_ours(timm_tests: Path, models: list[str]) -> dict[str, set[str]]:
+    """The test functions that the models have passed. Fails if there is one that has not passed."""
+    report = timm_tests.with_name(f'{models[0]}.xml')
+    done = run_pytest(timm_tests, '-p', 'timm_plugin', f'--project-models={",".join(models)}', f'--junit-xml={report}')
+    if done.returncode:
+        pytest.fail(done.stdout, pytrace=False)
+    passed = {model: set() for model in models}
+    for case in ElementTree.parse(report).iter('testcase'):
+        assert not list(case), ElementTree.tostring(case, 'unicode')  # such as <skipped>
+        function, parameters = case.get('name').rstrip(']').split('[')
+        model = next(model for part in parameters.split('-') if (model := part.split('.')[0]) in models)
+        passed[model].add(function)
+    return passed
+
+
+def check(timm_tests: Path, models: list[str]) -> None:
     expected = functions_of_timm(timm_tests)
-    assert all(len(functions) >= 11 for functions in expected.values()), expected
-
-    shares = [models[worker::WORKERS] for worker in range(WORKERS)]
-    reports = [timm_tests.with_name(f'{worker}.xml') for worker in range(WORKERS)]
-    processes = [
-        start_pytest(timm_tests, '-p', 'timm_plugin', f'--project-models={",".join(share)}', f'--junit-xml={report}')
-        for share, report in zip(shares, reports) if share]
-    outputs = [process.communicate()[0] for process in processes]
-    complaints = [output for output, process in zip(outputs, processes) if process.returncode]
-    if complaints:
-        pytest.fail('\n'.join(complaints), pytrace=False)
-
-    passed = defaultdict(set)
-    for report in reports[:len(processes)]:
-        for case in ElementTree.parse(report).iter('testcase'):
-            assert not list(case), f'{case.get("name")}: {ElementTree.tostring(case, "unicode")}'  # such as <skipped>
-            function, parameters = case.get('name').rstrip(']').split('[')
-            model = next(model for part in parameters.split('-') if (model := part.split('.')[0]) in models)
-            passed[model].add(function)
+    workers = min(os.cpu_count(), 4)  # processes of one thread each
+    shares = [share for share in (models[worker::workers] for worker in range(workers)) if share]
+    with ThreadPoolExecutor() as pool:
+        results = [pool.submit(functions_of_ours, timm_tests, share) for share in shares]
+    passed = {model: functions for result in results for model, functions in result.result().items()}
     assert passed == {model: expected[stands_for(model)] for model in models}
 
 
 @pytest.mark.timeout(900)
 def test_default_models(timm_tests):
-    check(DEFAULT, timm_tests)
+    check(timm_tests, DEFAULT)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_models(timm_tests):
-    check(ALL, timm_tests)
+    check(timm_tests, ALL)
 
 
 @pytest.mark.parametrize('ci, outcome', [('true', pytest.fail.Exception), ('', pytest.skip.Exception)])

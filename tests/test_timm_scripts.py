@@ -1,7 +1,7 @@
 """timm's own scripts, unmodified, find the models. TIMM_SCRIPTS names the folder that they were copied to.
 
-timm's packages do not contain its scripts: take train.py, validate.py, inference.py and benchmark.py from its repository
-and copy them out of the checkout, which would otherwise be imported in place of the installed timm.
+timm's packages do not contain its scripts: take train.py, validate.py, inference.py and benchmark.py from its
+repository and copy them out of the checkout, which would otherwise be imported in place of the installed timm.
 """
 import csv
 import json
@@ -18,7 +18,7 @@ SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 MODEL = 'resnet18_convnn_branching'
 CLASSES = ('ant', 'bee', 'cat')
 
-pytestmark = pytest.mark.skipif(not SCRIPTS, reason="set TIMM_SCRIPTS to a folder with timm's train.py, validate.py, ...")
+pytestmark = pytest.mark.skipif(not SCRIPTS, reason="set TIMM_SCRIPTS to a folder with timm's train.py, ...")
 
 
 def run(script: str, *args, autoload: bool = True) -> str:

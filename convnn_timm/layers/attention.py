@@ -110,6 +110,7 @@ class _ConvNNAttention(NeighborLayer):
             positions, own_place = self.candidates(size, queries, equal_padding=self.aggregation_type == 'Col')
             query = map_to_tokens(self.w_q(x)).index_select(1, positions)
             place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
+            others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
             index = with_own_first(queries, positions[place], B)
             score = torch.cat([score.to(others.dtype), others], dim=-1)
         return index, self.attention_dropout(score.softmax(dim=-1))

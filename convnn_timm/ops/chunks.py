@@ -1,4 +1,5 @@
 """How the ops cut a batch so that temporary tensors stay within a budget, and which dtype they compute in."""
+from contextlib import AbstractContextManager, nullcontext
 from typing import Iterator, Tuple
 
 import torch
@@ -19,3 +20,8 @@ def batch_chunks(B: int, Q: int, bytes_per_query: int) -> Iterator[Tuple[slice, 
 def widen(x: torch.Tensor) -> torch.Tensor:
     """float32 for narrower floating dtypes, so that norms neither overflow nor lose ranks."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def no_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Compute in the dtypes of the tensors themselves. (The meta device knows no autocast.)"""
+    return nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)

@@ -6,10 +6,10 @@ matrix product against prepared candidates ranks them. It runs chunk by chunk of
 from typing import List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, widen
+from .chunks import batch_chunks, no_autocast, widen
+from .reference import inverse_norm
 
 __all__ = ['knn', 'grid_neighbors']
 
@@ -47,11 +47,11 @@ def knn(
             f'knn takes query (B, Q, C) and candidates (B, M, C), not {tuple(query.shape)} and {tuple(candidates.shape)}')
     if not 1 <= k <= candidates.shape[1]:
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         query, candidates = widen(query), widen(candidates)
         if metric == 'cosine':
-            score, index = _knn(query, F.normalize(candidates, dim=-1), None, exclude, k)
-            return index, score / query.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            score, index = _knn(query, candidates * inverse_norm(candidates), None, exclude, k)
+            return index, score * inverse_norm(query)
         score, index = _knn(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
         return index, score - query.square().sum(-1, keepdim=True)
 
@@ -69,15 +69,17 @@ def _knn(
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         for b, q in batch_chunks(B, Q, M * query.element_size()):
             s = torch.bmm(query[b, q], candidates[b].mT)
             if offset is not None:
                 s += offset[b].unsqueeze(1)
-            if exclude is not None:
-                _mask_excluded(s, exclude[q])
+            own = None if exclude is None else _mask_excluded(s, exclude[q])
             value, place = _topk_lowest_index(s.flatten(0, 1), k)
-            score[b, q], index[b, q] = value.view_as(score[b, q]), place.view_as(index[b, q])
+            value, place = value.view_as(score[b, q]), place.view_as(index[b, q])
+            if own is not None:  # where there were no others
+                value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
+            score[b, q], index[b, q] = value, place
     return score, index
 
 
@@ -87,10 +89,15 @@ def _(query, candidates, offset, exclude, k):
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
-def _mask_excluded(score: torch.Tensor, exclude: torch.Tensor) -> None:
-    """Set the excluded candidate's score to -inf in place, in Q writes; score (B, Q, M), exclude (Q,) with -1 for none."""
+def _mask_excluded(score: torch.Tensor, exclude: torch.Tensor) -> torch.Tensor:
+    """Set the excluded candidate's score to -inf in place, in Q writes, and return what it was, (B, Q, 1).
+
+    score is (B, Q, M), exclude (Q,) with -1 for none.
+    """
     column = exclude.clamp_min(0).expand(score.shape[0], -1).unsqueeze(-1)
-    score.scatter_(-1, column, score.gather(-1, column).masked_fill_((exclude >= 0).unsqueeze(-1), -torch.inf))
+    own = score.gather(-1, column)
+    score.scatter_(-1, column, own.masked_fill((exclude >= 0).unsqueeze(-1), -torch.inf))
+    return own
 
 
 def _topk_lowest_index(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, widen
+from .chunks import batch_chunks, no_autocast, widen
 
 __all__ = ['neighbor_conv']
 
@@ -47,7 +47,7 @@ def neighbor_conv(
         raise ValueError(
             f'weight {tuple(weight.shape)} with {groups} groups does not fit x {tuple(x.shape)} and '
             f'index {tuple(index.shape)}: it must be (O, C / groups, K) with O divisible by groups')
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -68,7 +68,7 @@ def _neighbor_conv(
     O = weight.shape[0]
     y = x.new_empty((B, Q, O))
     matrix = _rank_major(weight, groups)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         for b, q, rows in _gather(x, index):
             if score is not None:
                 rows = rows * score[b, q].reshape(-1, K, 1)
@@ -148,7 +148,7 @@ def _neighbor_conv_backward(
     grad_matrix = torch.zeros_like(widen(matrix))
     grad_score = x.new_empty(index.shape if score is not None else (0,))
     depthwise = groups == C == O
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         for b, q, rows in _gather(x, index):
             g = grad[b, q].reshape(-1, O)
             s = None if score is None else score[b, q].reshape(-1, K, 1)

@@ -5,7 +5,12 @@ B images, T tokens, Q queries, M candidates, C channels, O output channels, K ne
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
+
+
+def inverse_norm(x: torch.Tensor) -> torch.Tensor:
+    """1 / |x| of every row, (..., 1), and 0 for a row of zeros: its similarity to all is 0, without gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return (norm > 1e-12) / norm.clamp_min(1e-12)
 
 
 def knn(
@@ -28,7 +33,7 @@ def knn(
         index (B, Q, k) int64 and score (B, Q, k); gradient flows through the score only.
     """
     if metric == 'cosine':
-        score = F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).mT
+        score = (query * inverse_norm(query)) @ (candidates * inverse_norm(candidates)).mT
     else:
         score = -(query.unsqueeze(2) - candidates.unsqueeze(1)).square().sum(-1)
     rank = score.detach().clone()

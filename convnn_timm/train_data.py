@@ -11,16 +11,14 @@ from timm.data import create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
 from torchvision import transforms
 
-__all__ = ['MemoryBatches', 'Part', 'UsageError', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
+from .train_args import UsageError
+
+__all__ = ['MemoryBatches', 'Part', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
 
 _logger = logging.getLogger(__name__)
 
 # A split is kept decoded in memory if it takes less than this.
 MEMORY_LIMIT = 2 ** 30
-
-
-class UsageError(Exception):
-    """Arguments, files or data that do not fit together; the message says what to do."""
 
 
 class Part(torch.utils.data.Dataset):
@@ -130,6 +128,9 @@ class MemoryBatches:
         self.images, self.targets, self.batch_size, self.train = images, targets, batch_size, train
         self.crop_padding, self.flips = crop_padding, (hflip, vflip)
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         if self.train:

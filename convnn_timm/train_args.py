@@ -1,0 +1,162 @@
+""" The trainer's arguments and recipes. """
+import argparse
+import difflib
+import importlib.resources
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+import yaml
+from timm.utils import ParseKwargs
+
+__all__ = ['UsageError', 'build_parser', 'parse_args', 'recipe_names']
+
+EXAMPLES = """Train an image classifier. The flags are those of timm's train.py; the new or different ones are explained.
+
+    convnn-timm train -c cifar10 --data-dir cifar10/
+    convnn-timm train -c cifar10 --dataset torch/cifar10 --dataset-download --data-dir data/
+    torchrun --nproc_per_node 2 -m convnn_timm train -c cifar10 --data-dir cifar10/
+    convnn-timm train -c output/RUN/args.yaml --resume auto
+    convnn-timm train --evaluate output/RUN
+"""
+# Every flag with its default, timm's where timm has the flag; a type stands for no default.
+ARGUMENTS = {
+    'data': dict(
+        data_dir=str, dataset='', dataset_download=False, train_split='train', val_split='validation', holdout=0,
+        cache=True, workers=min(4, os.cpu_count() or 1)),
+    'model': dict(
+        model='resnet50', model_kwargs={}, pretrained=False, initial_checkpoint='', num_classes=int, gp=str,
+        img_size=int, input_size=[int] * 3, crop_pct=float, mean=[float], std=[float], interpolation='', drop=0.,
+        drop_path=float, grad_checkpointing=False, channels_last=False, torchcompile=str),
+    'device': dict(device='cuda' if torch.cuda.is_available() else 'cpu', amp=False, amp_dtype='float16'),
+    'optimizer': dict(
+        batch_size=128, validation_batch_size=int, grad_accum_steps=1, opt='sgd', opt_eps=float, opt_betas=[float],
+        opt_kwargs={}, momentum=0.9, weight_decay=2e-5, clip_grad=float, clip_mode='norm', layer_decay=float,
+        layer_decay_min_scale=0., layer_decay_no_opt_scale=float),
+    'schedule': dict(
+        epochs=300, sched='cosine', sched_on_updates=False, lr=float, lr_base=0.1, lr_base_size=256, lr_base_scale='',
+        lr_noise=[float], lr_noise_pct=0.67, lr_noise_std=1., lr_cycle_mul=1., lr_cycle_decay=0.5, lr_cycle_limit=1,
+        lr_k_decay=1., warmup_lr=1e-5, warmup_epochs=5, warmup_prefix=False, min_lr=0., cooldown_epochs=0,
+        decay_milestones=[90, 180, 270], decay_epochs=90., decay_rate=0.1),
+    'augmentation and regularization': dict(
+        no_aug=False, crop_padding=int, train_crop_mode=str, scale=[0.08, 1.], ratio=[3. / 4., 4. / 3.], hflip=0.5,
+        vflip=0., color_jitter=0.4, aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1,
+        mixup=0., cutmix=0., mixup_prob=1., mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0,
+        smoothing=0.1),
+    'moving average of the weights': dict(model_ema=False, model_ema_decay=0.9998, model_ema_warmup=False),
+    'run': dict(
+        seed=42, output='output', experiment='', resume='', checkpoint_hist=10, log_interval=50),
+}
+HELP = dict(
+    data_dir='folder with train/<class>/ and validation/<class>/ in it',
+    dataset='another data set of timm, e.g. torch/cifar10',
+    holdout='evaluate on this many images of the training set instead, the same for every seed; '
+            'the validation set is not read',
+    cache='keep decoded images in memory if a split takes less than 1 GB and --crop-padding and flips are all '
+          'that is done to them',
+    model_kwargs='e.g. K=5 sampling_type=random',
+    initial_checkpoint='weights to start from',
+    num_classes='default: as many as the data has',
+    input_size='channels height width; default: the model\'s',
+    drop='dropout rate of the head',
+    device='default: cuda if there is one, else cpu',
+    amp_dtype='float16 or bfloat16',
+    batch_size='images per step and process',
+    opt_kwargs='further arguments of the optimizer',
+    lr='default: --lr-base times --batch-size / --lr-base-size',
+    no_aug='no augmentation, whatever the other flags say',
+    crop_padding='the CIFAR crop: pad by this many black pixels, crop at random to the input size; replaces '
+                 '--train-crop-mode, --scale and --ratio',
+    model_ema='the average is what is evaluated and saved',
+    experiment='folder in --output for the run; default: date and model',
+    resume='checkpoint to continue, or auto: the last one in the run folder if there is one',
+    checkpoint_hist='epochs to keep besides the last',
+    log_interval='batches between two lines of progress',
+)
+SHORT = dict(batch_size='-b', validation_batch_size='-vb', workers='-j')
+COUNT = dict(input_size=3, model_kwargs='*', opt_kwargs='*', torchcompile='?')
+# Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
+TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
+
+
+class UsageError(Exception):
+    """Arguments, files or data that do not fit together; the message says what to do."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The trainer's arguments."""
+    parser = argparse.ArgumentParser(
+        prog='convnn-timm train',
+        usage='convnn-timm train [-c RECIPE] [DIR] [FLAG ...]',
+        description=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('-c', '--config', default='', metavar='FILE', help='recipe: a YAML file, or one of '
+                        f'{", ".join(recipe_names())}; the command line overrides it')
+    parser.add_argument('--evaluate', default='', metavar='RUN', help='only evaluate the finished run in this folder')
+    parser.add_argument('data', nargs='?', metavar='DIR', help='same as --data-dir')
+    for title, arguments in ARGUMENTS.items():
+        group = parser.add_argument_group(title)
+        for name, default in arguments.items():
+            sample = default[0] if isinstance(default, list) else default
+            kind, typed = (sample, True) if isinstance(sample, type) else (type(sample), False)
+            options = dict(default=None if typed else default, help=HELP.get(name, ''))
+            if not typed and default not in ('', {}, False) and name not in HELP:
+                options['help'] = f'default: {default}'
+            if kind is bool:  # --amp and --no-amp, so that the command line can undo a recipe
+                options['action'] = 'store_true' if name.startswith('no_') else argparse.BooleanOptionalAction
+            elif kind is dict:
+                options.update(action=ParseKwargs, metavar='KEY=VALUE')
+            else:
+                options.update(type=kind, metavar={int: 'N', float: 'X', str: 'TEXT'}[kind])
+            if name in COUNT or isinstance(default, list):
+                options['nargs'] = COUNT.get(name, '+')
+            if name == 'torchcompile':
+                options['const'] = 'inductor'
+            group.add_argument(*filter(None, [SHORT.get(name)]), '--' + name.replace('_', '-'), **options)
+    return parser
+
+
+def recipe_names() -> List[str]:
+    """Names of the recipes in this package."""
+    folder = importlib.resources.files(__package__) / 'recipes'
+    return sorted(path.name.removesuffix('.yaml') for path in folder.iterdir() if path.name.endswith('.yaml'))
+
+
+def read_recipe(name: str, known: Sequence[str]) -> Dict[str, Any]:
+    """Read the recipe in the file ``name``, else the package's of that name; its keys must be among ``known``."""
+    path = Path(name)
+    if not path.is_file() and name.removesuffix('.yaml') in recipe_names():
+        path = importlib.resources.files(__package__) / 'recipes' / (name.removesuffix('.yaml') + '.yaml')
+    if not path.is_file():
+        raise UsageError(f'no recipe {name!r}: neither a file nor one of {", ".join(recipe_names())}')
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise UsageError(f'recipe {name}: expected lines "argument: value"')
+    for key in sorted(set(recipe) - set(known) - TIMM_ONLY):
+        close = difflib.get_close_matches(key, known, 1)
+        raise UsageError(f'recipe {name}: unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ''))
+    return {key: value for key, value in recipe.items() if key in known}
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the command line; it overrides the recipe, which overrides the defaults."""
+    parser = build_parser()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('-c', '--config', default='')
+    first.add_argument('--evaluate', default='')
+    given, _ = first.parse_known_args(argv)
+    recipe = given.config or (os.path.join(given.evaluate, 'args.yaml') if given.evaluate else '')
+    if recipe:
+        parser.set_defaults(**read_recipe(recipe, list(vars(parser.parse_args([])))))
+    args = parser.parse_args(argv)
+    args.data_dir = args.data or args.data_dir
+    if not args.data_dir:
+        parser.error('which images? --data-dir DIR, a folder with train/<class>/ and validation/<class>/ in it')
+    if args.sched == 'plateau':
+        parser.error('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
+    if args.amp_dtype not in ('float16', 'bfloat16'):
+        parser.error(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16')
+    return args

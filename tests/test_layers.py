@@ -1,0 +1,392 @@
+"""What the layers promise: the convolution they contain, invariances, precision, tracing, errors."""
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+from convnn_timm.layers import (
+    Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d, ConvNN1d, ConvNN2d, ConvNNAttention1d,
+    ConvNNAttention2d, CoordConv2d, PixelShuffle1d, PixelUnshuffle1d, create_layer, layer_arguments)
+from convnn_timm.ops import neighbor_conv, reference
+
+LAYERS_1D = [ConvNN1d, ConvNNAttention1d, Branching1d, BranchingAttention1d]
+LAYERS_2D = [ConvNN2d, ConvNNAttention2d, Branching2d, BranchingAttention2d]
+LOC = dict(similarity_type='Loc', magnitude_type='euclidean')
+
+
+def image(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def example(layer, size=None):
+    return image(2, layer.in_channels, *(size or (8,) * layer.axes))
+
+
+# Loc is a convolution
+
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('kernel_size', [1, 3, 5])
+@pytest.mark.parametrize('size', [(8, 8), (5, 9), (12, 7), (1, 1), (2, 30)])
+def test_loc_is_conv2d_to_the_last_bit(size, kernel_size, stride):
+    conv = nn.Conv2d(3, 4, kernel_size, stride=stride, padding=kernel_size // 2, dtype=torch.float64)
+    layer = ConvNN2d(
+        3, 4, K=kernel_size ** 2, stride=stride, padding=kernel_size // 2, dtype=torch.float64, **LOC)
+    layer.load_state_dict({'weight': conv.weight.view_as(layer.weight), 'bias': conv.bias})
+    x = image(2, 3, *size)
+    x, x_conv = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, y_conv = layer(x), conv(x_conv)
+    assert torch.equal(y, y_conv)
+    grad = image(*y.shape, seed=1)
+    y.backward(grad)
+    y_conv.backward(grad)
+    assert torch.equal(x.grad, x_conv.grad)
+    assert torch.equal(layer.weight.grad.view_as(conv.weight), conv.weight.grad)
+
+
+@pytest.mark.parametrize('padding', [1, 2, 3])
+@pytest.mark.parametrize('size', [(8, 8), (5, 9), (12, 7)])
+def test_loc_neighbors_are_the_window_that_the_convolution_uses(size, padding):
+    """The way through indices, which `forward` leaves out for a window, gives the same."""
+    layer = ConvNN2d(3, 4, K=9, padding=padding, dtype=torch.float64, **LOC)
+    x = image(2, 3, *size)
+    tokens = nn.functional.pad(x, (padding,) * 4).flatten(2).mT
+    y = neighbor_conv(tokens, layer.neighbors(x), layer.weight.flatten(2), layer.bias)
+    torch.testing.assert_close(y.mT.reshape(2, 4, *size), layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_loc_is_conv1d():
+    for k, stride in (1, 1), (3, 1), (5, 2), (7, 3):
+        conv = nn.Conv1d(3, 4, k, stride=stride, padding=k // 2, dtype=torch.float64)
+        layer = ConvNN1d(3, 4, K=k, stride=stride, padding=k // 2, dtype=torch.float64, **LOC)
+        layer.load_state_dict(conv.state_dict())
+        assert torch.equal(layer(image(2, 3, 17)), conv(image(2, 3, 17)))
+
+
+def test_loc_is_coordconv_with_coordinates():
+    conv = nn.Conv2d(5, 4, 3, dtype=torch.float64)
+    layer = ConvNN2d(3, 4, aggregation_type='Loc_Col', dtype=torch.float64, **LOC)
+    layer.load_state_dict({'weight': conv.weight.view_as(layer.weight), 'bias': conv.bias})
+    x = nn.functional.pad(image(2, 3, 5, 9), (1, 1, 1, 1))
+    y, x_axis = torch.meshgrid(torch.linspace(-1, 1, 7), torch.linspace(-1, 1, 11), indexing='ij')
+    x = torch.cat([x, torch.stack([x_axis, y]).double().expand(2, -1, -1, -1)], 1)
+    assert torch.equal(layer(image(2, 3, 5, 9)), conv(x))
+
+
+@pytest.mark.parametrize('K', [2, 6, 9, 20, 49])
+@pytest.mark.parametrize('padding', [0, 1])
+def test_loc_selects_the_nearest_positions_at_the_border_too(K, padding):
+    layer = ConvNN2d(1, 1, K=K, stride=2, padding=padding, **LOC)
+    if padding == 0:
+        expected = reference.grid_neighbors((7, 10), K).view(7, 10, K)[::2, ::2]
+    else:
+        expected = reference.grid_neighbors((9, 12), K).view(9, 12, K)[1:-1:2, 1:-1:2]
+    assert torch.equal(layer.neighbors(image(1, 1, 7, 10))[0], expected.reshape(-1, K))
+
+
+@pytest.mark.parametrize('args', [
+    dict(magnitude_type='cosine'), dict(sampling_type='spatial', num_samples=4), dict(sampling_type='random', num_samples=20)])
+def test_loc_with_a_search_is_in_raster_order_and_the_same_for_all_images(args):
+    layer = ConvNN2d(3, 4, **{**LOC, **args}).eval()
+    index = layer.neighbors(image(2, 3, 8, 8))
+    assert (index.diff(dim=-1) > 0).all() and torch.equal(index[0], index[1])
+
+
+# Selection by features
+
+def test_the_token_itself_is_first_and_dead_tokens_take_the_lowest_indices():
+    layer = ConvNN2d(3, 4, K=4, padding=0)
+    index = layer.neighbors(torch.zeros(1, 3, 3, 3))
+    assert index[0].tolist() == [[0, 1, 2, 3]] + [[1, 0, 2, 3], [2, 0, 1, 3]] + [[i, 0, 1, 2] for i in range(3, 9)]
+    layer = ConvNN2d(3, 4, K=4, padding=1)  # positions of the 5 x 5 padded map: 0, 1, 2 are padding
+    assert layer.neighbors(torch.zeros(1, 3, 3, 3))[0].tolist() == [
+        [own, 0, 1, 2] for own in (6, 7, 8, 11, 12, 13, 16, 17, 18)]
+
+
+@pytest.mark.parametrize('magnitude_type', ['cosine', 'euclidean'])
+@pytest.mark.parametrize('K, padding, size', [(9, 1, (6, 6)), (9, 1, (2, 2)), (25, 2, (3, 4)), (12, 3, (1, 5)), (9, 1, (4, 1))])
+def test_leaving_out_padded_tokens_changes_nothing(size, padding, K, magnitude_type):
+    """Only the first K - 1 padded tokens are candidates. The definition, over all of them, selects the same."""
+    layer = ConvNN2d(3, 4, K=K, padding=padding, magnitude_type=magnitude_type)
+    x = image(2, 3, *size).round()  # with ties
+    if magnitude_type == 'cosine':
+        x = x * nn.functional.one_hot(torch.arange(torch.Size(size).numel()) % 3, 3).T.reshape(3, *size)  # exact norms
+    tokens = nn.functional.pad(x, (padding,) * 4).flatten(2).mT
+    queries = layer.queries(size, x.device)
+    index, _ = reference.knn(tokens[:, queries], tokens, K - 1, magnitude_type, queries)
+    assert torch.equal(layer.neighbors(x)[..., 1:], index)
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D[:2] + LAYERS_2D[:2])
+@pytest.mark.parametrize('magnitude_type', ['cosine', 'euclidean'])
+def test_permuting_tokens_permutes_the_output(layer_type, magnitude_type):
+    layer = layer_type(5, 6, K=4, padding=0, magnitude_type=magnitude_type, dtype=torch.float64).eval()
+    x = example(layer)
+    permutation = torch.randperm(x[0, 0].numel())
+
+    def permuted(x):
+        return x.flatten(2)[..., permutation].view_as(x)
+
+    torch.testing.assert_close(layer(permuted(x)), permuted(layer(x)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+def test_images_do_not_see_each_other(layer_type):
+    layer = layer_type(5, 6, dtype=torch.float64).eval()
+    x = example(layer)
+    torch.testing.assert_close(layer(x.flip(0)), layer(x).flip(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x[:1]), layer(x)[:1], rtol=1e-12, atol=1e-12)
+
+
+def test_scale_of_an_image_does_not_matter_to_cosine_nor_to_loc_col():
+    for args in dict(), dict(similarity_type='Loc_Col'), dict(similarity_type='Loc_Col', magnitude_type='euclidean'):
+        layer = ConvNN2d(5, 6, **args)
+        assert torch.equal(layer.neighbors(image(2, 5, 8, 8)), layer.neighbors(1000 * image(2, 5, 8, 8)))
+
+
+def test_lambda_runs_from_location_to_features():
+    x = image(2, 5, 9, 9)
+
+    def neighbors(**args):
+        return ConvNN2d(5, 6, K=5, padding=0, magnitude_type='euclidean', **args).neighbors(x).sort(-1).values
+
+    location = neighbors(similarity_type='Loc_Col', lambda_param=0.)
+    inner = torch.arange(81).view(9, 9)[1:-1, 1:-1].flatten()  # a cross of 5 wherever it is unique
+    assert torch.equal(location[:, inner], neighbors(similarity_type='Loc')[:, inner])
+    assert torch.equal(neighbors(similarity_type='Loc_Col', lambda_param=1.), neighbors(similarity_type='Col'))
+
+
+# Sampling
+
+def test_spatial_sampling_takes_a_grid_of_the_interior():
+    layer = ConvNN2d(3, 4, K=5, padding=1, sampling_type='spatial', num_samples=3, sample_padding=1)
+    chosen = layer.neighbors(image(4, 3, 9, 9))[..., 1:].unique()
+    grid = [(y + 1) * 11 + x + 1 for y in (1, 4, 7) for x in (1, 4, 7)]
+    assert set(chosen.tolist()) <= set(grid) and len(chosen) > 4
+
+
+def test_spatial_sampling_of_a_sequence_takes_a_grid_of_the_padded_signal():
+    layer = ConvNN1d(3, 4, K=4, padding=1, sampling_type='spatial', num_samples=6)
+    assert set(layer.neighbors(image(4, 3, 16))[..., 1:].unique().tolist()) <= {0, 3, 6, 10, 13, 17}
+
+
+def test_random_sampling_draws_anew_in_training_and_never_in_evaluation():
+    layer = ConvNN2d(3, 4, K=5, sampling_type='random', num_samples=12)
+    x = image(3, 3, 10, 10)
+    drawn = [layer.train().neighbors(x) for _ in range(2)]
+    assert not torch.equal(*drawn)
+    assert all(len(index[..., 1:].unique()) <= 12 for index in drawn)  # one draw for the whole batch
+    torch.manual_seed(1)
+    first = layer.neighbors(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, layer.neighbors(x))
+    assert torch.equal(layer.eval().neighbors(x), layer.neighbors(x))
+    assert 6 < len(layer.neighbors(x)[..., 1:].unique()) <= 12
+
+
+@pytest.mark.parametrize('args', [dict(sampling_type='random', num_samples=200), dict(sampling_type='spatial', num_samples=11)])
+def test_samples_that_cover_the_map_are_all(args):
+    x = image(2, 3, 10, 10)
+    torch.testing.assert_close(ConvNN2d(3, 4, **args).neighbors(x), ConvNN2d(3, 4).neighbors(x))
+
+
+# Shapes, gradients, precision
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+@pytest.mark.parametrize('args', [
+    dict(), dict(stride=2), dict(stride=3, K=4, padding=2), dict(K=1), dict(aggregation_type='Loc_Col'),
+    dict(magnitude_type='euclidean'), dict(sampling_type='random', num_samples=9), dict(bias=False),
+    dict(sampling_type='spatial', num_samples=8), dict(shuffle_pattern='BA', shuffle_scale=2, stride=2)])
+def test_shapes_and_gradcheck(layer_type, args):
+    layer = layer_type(2, 4, dtype=torch.float64, **args).eval()
+    size = (12, 8) if layer.axes == 2 else (20,)
+    x = image(1, 2, *size).requires_grad_()
+    assert layer(x).shape == (1, 4, *(-(-n // args.get('stride', 1)) for n in size))
+    assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize('pattern, channels, size', [('B', 4, 4), ('A', 4, 16), ('BA', 4, 8)])
+def test_shuffle_patterns(pattern, channels, size):
+    for layer in (ConvNN2d(3, 4, shuffle_pattern=pattern, shuffle_scale=2), CoordConv2d(
+            3, 4, shuffle_pattern=pattern, shuffle_scale=2)):
+        assert layer(image(1, 3, 8, 8, dtype=torch.float32)).shape == (1, channels, size, size)
+
+
+def test_pixel_shuffle_1d_is_undone():
+    x = image(2, 6, 12)
+    assert PixelUnshuffle1d(3)(x).shape == (2, 18, 4)
+    assert torch.equal(PixelShuffle1d(3)(PixelUnshuffle1d(3)(x)), x)
+    with pytest.raises(ValueError, match='12 tokens are not divisible by the downscale factor 5'):
+        PixelUnshuffle1d(5)(x)
+    with pytest.raises(ValueError, match='6 channels are not divisible by the upscale factor 4'):
+        PixelShuffle1d(4)(x)
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+def test_evaluation_is_deterministic_and_training_drops_attention(layer_type):
+    attention = {'attention_dropout': 0.5} if 'Attention' in layer_type.__name__ else {}
+    layer = layer_type(3, 4, sampling_type='random', num_samples=10, **attention)
+    x = example(layer).float()
+    assert torch.equal(layer.eval()(x), layer(x))
+    if attention:
+        layer = layer_type(3, 4, **attention).train()  # no sampling: only dropout can differ
+        assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize('similarity_type', ['Col', 'Loc', 'Loc_Col'])
+def test_autocast_selects_the_neighbours_of_float32(similarity_type):
+    layer = ConvNN2d(16, 8, similarity_type=similarity_type)
+    x = image(2, 16, 12, 12, dtype=torch.float32)
+    expected = layer.neighbors(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(layer.neighbors(x), expected)
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_narrow_dtypes_train(layer_type, dtype):
+    layer = layer_type(3, 4, dtype=dtype)
+    y = layer(example(layer).to(dtype))
+    y.float().sum().backward()
+    assert y.dtype == dtype and all(p.grad.isfinite().all() and p.grad.dtype == dtype for p in layer.parameters())
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_2D)
+def test_nan_gives_nan_and_no_index_error(layer_type):
+    layer = layer_type(3, 4).eval()
+    x = image(2, 3, 6, 6, dtype=torch.float32)
+    x[0, :, 2, 2] = float('nan')
+    y = layer(x)
+    assert y[0, :, 2, 2].isnan().all() and not y[1].isnan().any()
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_2D)
+def test_channels_last_gives_the_same(layer_type):
+    layer = layer_type(8, 8).eval()
+    x = image(2, 8, 6, 6, dtype=torch.float32)
+    y = layer(x)
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), y)
+
+
+# Life as a module
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+def test_meta_deepcopy_pickle_and_state_dict(layer_type):
+    meta = layer_type(3, 4, device='meta')
+    assert meta(example(meta).float().to('meta')).shape == (2, 4, *(8,) * meta.axes)
+    layer = layer_type(3, 4).eval()
+    x = example(layer).float()
+    y = layer(x)
+    for twin in copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)):
+        assert torch.equal(twin(x), y)
+    other = layer_type(3, 4).eval()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    assert layer.__dict__.keys() == other.__dict__.keys()
+    before = set(layer.__dict__)
+    layer(example(layer, (12,) * layer.axes).float())  # another size, and nothing is left behind
+    assert set(layer.__dict__) == before and torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN2d, BranchingAttention2d])
+def test_compiles_without_a_graph_break(layer_type):
+    layer = layer_type(3, 4).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    for x in image(2, 3, 8, 8, dtype=torch.float32), image(3, 3, 10, 8, dtype=torch.float32):
+        torch.testing.assert_close(compiled(x), layer(x))
+        compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN1d, Branching2d, ConvNNAttention2d])
+def test_exports(layer_type):
+    layer = layer_type(3, 4).eval()
+    x = example(layer).float()
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+# Errors
+
+@pytest.mark.parametrize('args, message', [
+    (dict(K=0), 'K must be at least 1, got 0'),
+    (dict(stride=0), 'stride must be at least 1'),
+    (dict(padding=-1), 'padding must be at least 0'),
+    (dict(sampling_type='some'), "unknown sampling_type 'some', valid are 'all', 'random', 'spatial'"),
+    (dict(shuffle_pattern='AB'), "unknown shuffle_pattern 'AB', valid are 'NA', 'B', 'A', 'BA'"),
+    (dict(magnitude_type='dot'), "unknown magnitude_type 'dot', valid are 'cosine', 'euclidean'"),
+    (dict(aggregation_type='Loc'), "unknown aggregation_type 'Loc', valid are 'Col', 'Loc_Col'"),
+    (dict(num_samples=64), "sampling_type='all' takes every token: leave num_samples at -1"),
+    (dict(sampling_type='random'), "'random' with num_samples=-1 gives 0 candidates, but K=9 needs at least 8"),
+    (dict(sampling_type='random', num_samples=7), "num_samples=7 gives 7 candidates, but K=9 needs at least 8"),
+    (dict(sampling_type='spatial', num_samples=2), "candidates, but K=9 needs at least 8"),
+    (dict(shuffle_pattern='BA', shuffle_scale=0), 'shuffle_scale must be at least 1, got 0'),
+])
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+def test_construction_refuses(layer_type, args, message):
+    with pytest.raises(ValueError, match=message):
+        layer_type(3, 4, **args)
+    if 'Branching' in layer_type.__name__:
+        with pytest.raises(ValueError, match=message):
+            layer_type(3, 4, branch_ratio=0., **args)
+
+
+def test_similarity_type_is_checked():
+    with pytest.raises(ValueError, match="unknown similarity_type 'Col_Loc', valid are 'Col', 'Loc', 'Loc_Col'"):
+        ConvNN2d(3, 4, similarity_type='Col_Loc')
+
+
+@pytest.mark.parametrize('args, message', [
+    (dict(branch_ratio=1.5), r'branch_ratio must lie in \[0, 1\], got 1.5'),
+    (dict(branch_ratio=-.1), 'branch_ratio must lie in'),
+    (dict(kernel_size=4), 'kernel_size must be odd'),
+    (dict(shuffle_pattern='B', shuffle_scale=2), "use 'BA' or 'NA'"),
+])
+def test_branching_refuses(args, message):
+    for layer_type in Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d:
+        with pytest.raises(ValueError, match=message):
+            layer_type(3, 4, **args)
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_2D + [CoordConv2d])
+def test_forward_refuses(layer_type):
+    layer = layer_type(3, 4)
+    with pytest.raises(ValueError, match=r'expected an input \(B, C, H, W\) of 4 dimensions, got \(3, 8, 8\)'):
+        layer(torch.ones(3, 8, 8))
+    with pytest.raises(ValueError, match=r'expected 3 input channels, got 5 in \(1, 5, 8, 8\)'):
+        layer(torch.ones(1, 5, 8, 8))
+    with pytest.raises(ValueError, match=r'map \(7, 8\) is not divisible by the shuffle scale 2'):
+        layer_type(3, 4, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, 7, 8))
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_2D)
+def test_forward_refuses_a_map_with_fewer_tokens_than_k(layer_type):
+    with pytest.raises(ValueError, match='K=9 neighbours need as many tokens, but a map of 2 x 4 with padding=0 has 8'):
+        layer_type(3, 4, padding=0)(torch.ones(1, 3, 2, 4))
+    with pytest.raises(ValueError, match='the sampling grid has 4 positions on a map of 4 x 4, but 8 neighbours'):
+        layer_type(3, 4, sampling_type='spatial', num_samples=3, sample_padding=1)(torch.ones(1, 3, 4, 4))
+
+
+def test_branching_refuses_a_map_that_its_branches_would_size_differently():
+    with pytest.raises(ValueError, match=r'map \(14, 14\) must be divisible by the shuffle scale times the stride'):
+        Branching2d(3, 4, stride=2, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, 14, 14))
+
+
+def test_branch_sizes():
+    for ratio, first in (0, 0), (.3, 2), (.5, 4), (1, 8):
+        layer = Branching2d(3, 8, branch_ratio=ratio)
+        assert (layer.branch1.out_channels if layer.branch1 is not None else 0) == first
+        assert (layer.branch2.out_channels if layer.branch2 is not None else 0) == 8 - first
+        assert layer.pointwise_conv.weight.shape == (8, 8, 1, 1)
+
+
+def test_create_layer_takes_the_arguments_of_all_layers_and_no_others():
+    for layer_type in 'conv2d', 'conv2d_new', 'convnn', 'convnn_attn', 'convnn_branching', 'convnn_branching_attn':
+        layer = create_layer(layer_type, 3, 4, stride=2, K=5, attention_dropout=0.2, kernel_size=5, bias=False)
+        assert layer(torch.ones(1, 3, 8, 8)).shape == (1, 4, 4, 4)
+        with pytest.raises(TypeError, match='unknown argument neighbors; layer arguments are .*K, '):
+            create_layer(layer_type, 3, 4, neighbors=5)
+    assert {'K', 'padding', 'num_samples', 'branch_ratio', 'lambda_param'} <= set(layer_arguments())

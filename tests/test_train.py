@@ -1,0 +1,406 @@
+"""The trainer: what it trains on, what it leaves behind, and that nothing it says depends on luck."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_data_config
+
+from convnn_timm.train import evaluate, main, parse_args
+from convnn_timm.train_args import UsageError, read_recipe, recipe_names
+from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
+
+CLASSES = ('bee', 'cat', 'dog')
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """40 training and 17 validation images of each of three classes, 16x16, told apart by a colour."""
+    root, noise = tmp_path_factory.mktemp('images'), np.random.default_rng(0)
+    for split, count in (('train', 40), ('validation', 17)):
+        for channel, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 160, (16, 16, 3)).astype(np.uint8)
+                pixels[..., channel] += 40
+                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def flags(images):
+    """A run of seconds."""
+    return [
+        '--data-dir', str(images), '--model', 'test_resnet', '--img-size', '16', '-b', '16', '--epochs', '3',
+        '--lr', '0.05', '--warmup-epochs', '0', '--workers', '0', '--crop-padding', '2', '--color-jitter', '0',
+        '--drop', '0.3', '--checkpoint-hist', '1',
+    ]
+
+
+@pytest.fixture(scope='session')
+def run(flags, tmp_path_factory):
+    """A finished run."""
+    return main([*flags, '--output', str(tmp_path_factory.mktemp('output')), '--experiment', 'run'])
+
+
+def printed_result(capsys):
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def weights(folder):
+    return torch.load(folder / 'last.pth.tar', weights_only=False)
+
+
+def equal(a, b):
+    """Equality of nested containers down to the last bit of the tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# The run folder
+
+def test_run_folder_is_complete(run):
+    files = {path.name for path in run.iterdir()}
+    assert files == {
+        'args.yaml', 'environment.json', 'summary.csv', 'curve.png', 'model.txt', 'last.pth.tar', 'checkpoint-2.pth.tar',
+        'model',
+    }
+    assert {path.name for path in (run / 'model').iterdir()} == {'config.json', 'model.safetensors'}
+    header, *rows = (run / 'summary.csv').read_text().split()
+    assert header.split(',') == [
+        'epoch', 'train_loss', 'train_images_per_s', 'train_data_share', 'eval_loss', 'eval_top1', 'eval_top5',
+        'eval_images', 'lr',
+    ]
+    assert [row.split(',')[0] for row in rows] == ['0', '1', '2']
+    assert (run / 'model.txt').read_text().startswith('372,979 parameters, 0.00')
+    with Image.open(run / 'curve.png') as curve:
+        assert curve.format == 'PNG'
+
+
+def test_it_learns(run):
+    assert float((run / 'summary.csv').read_text().split()[-1].split(',')[5]) > 90
+
+
+def test_environment_names_no_machine_and_no_folder_but_the_data(run, images):
+    text = (run / 'environment.json').read_text()
+    record = json.loads(text)
+    assert record['torch'] == torch.__version__.split('+')[0] and record['command'].startswith('convnn-timm train ')
+    assert os.uname().nodename not in text
+    assert str(run.parent) not in text and str(images) in text
+
+
+def test_args_yaml_is_a_recipe_that_repeats_the_run(run, tmp_path):
+    assert '&id' not in (run / 'args.yaml').read_text()
+    again = main(['-c', str(run / 'args.yaml'), '--output', str(tmp_path), '--experiment', 'again'])
+    assert equal(weights(run)['state_dict'], weights(again)['state_dict'])
+
+
+def test_model_folder_loads_back_with_equal_logits(run):
+    model = timm.create_model(f'local-dir:{run / "model"}', pretrained=True).eval()
+    assert model.pretrained_cfg['input_size'] == (3, 16, 16)
+    assert model.pretrained_cfg['label_names'] == list(CLASSES)
+    twin = timm.create_model('test_resnet', num_classes=3).eval()
+    twin.load_state_dict(weights(run)['state_dict'])
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x), twin(x))
+
+
+def test_model_folder_keeps_the_model_arguments(flags, tmp_path):
+    folder = main([
+        *flags, '--model', 'resnet18_convnn_branching', '--model-kwargs', 'K=3', 'branch_ratio=0.25', '--epochs', '1',
+        '--batch-size', '60', '--channels-last', '--model-ema', '--output', str(tmp_path), '--experiment', 'run'])
+    model = timm.create_model(f'local-dir:{folder / "model"}', pretrained=True)
+    twin = timm.create_model('resnet18_convnn_branching', num_classes=3, K=3, branch_ratio=0.25)
+    twin.load_state_dict(weights(folder)['state_dict_ema'])
+    assert equal(model.state_dict(), twin.state_dict())
+    assert str(model) == str(twin)
+
+
+def test_checkpoint_is_timms(run):
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(run / 'last.pth.tar'))
+    assert equal(model.state_dict(), weights(run)['state_dict'])
+
+
+def test_evaluating_a_run_repeats_its_result(run, capsys):
+    main(['--evaluate', str(run)])
+    last = (run / 'summary.csv').read_text().split()[-1].split(',')
+    assert printed_result(capsys) == f'top1 {float(last[5]):.2f} top5 100.00 (epoch 3, 51 images)'
+
+
+def test_evaluating_an_unfinished_run_says_how_to_finish_it(tmp_path, images):
+    (tmp_path / 'args.yaml').write_text(f'data_dir: {images}')
+    with pytest.raises(SystemExit, match='is not finished: -c .*args.yaml --resume auto'):
+        main(['--evaluate', str(tmp_path)])
+
+
+# Arguments
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    recipe = tmp_path / 'mine.yaml'
+    recipe.write_text('epochs: 7\nlr: 1e-3\namp: true\ndevice_modules: [convnn_timm]\n')
+    args = parse_args(['-c', str(recipe), 'somewhere', '--epochs', '9', '--no-amp'])
+    assert (args.epochs, args.lr, args.amp, args.momentum, args.data_dir) == (9, 1e-3, False, 0.9, 'somewhere')
+
+
+def test_recipes_of_the_package():
+    assert recipe_names() == ['cifar10', 'digits', 'paper_vgg11']
+    assert parse_args(['-c', 'cifar10', 'x']) == parse_args(['-c', 'cifar10.yaml', 'x', '-c', 'cifar10'])
+    for name in recipe_names():
+        args = parse_args(['-c', name, 'x'])
+        kwargs = {**args.model_kwargs, 'device': 'meta', 'drop_rate': args.drop}
+        timm.create_model(args.model, **kwargs)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('epocs: 3', "unknown key 'epocs', did you mean 'epochs'?"),
+    ('colour: red', "unknown key 'colour'"),
+    ('- epochs', 'expected lines'),
+])
+def test_wrong_recipe(tmp_path, text, message):
+    (tmp_path / 'wrong.yaml').write_text(text)
+    with pytest.raises(SystemExit) as error:
+        main(['-c', str(tmp_path / 'wrong.yaml'), 'x'])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['-c', 'cifar11', 'x'], "no recipe 'cifar11': neither a file nor one of cifar10"),
+    ([], '--data-dir DIR'),
+    (['x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
+    (['x', '--sched', 'plateau'], 'plateau is not supported'),
+    (['/nowhere'], 'there is no folder /nowhere'),
+    (['x', '--resume', 'auto'], 'name it with --experiment'),
+    (['x', '--resume', 'nothing.pth.tar'], 'there is no such file'),
+])
+def test_wrong_command_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code
+    assert message in f'{error.value} {capsys.readouterr().err}'
+
+
+def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path):
+    with pytest.raises(SystemExit, match="no folder 'test': see --train-split, --val-split"):
+        main([*flags, '--val-split', 'test', '--output', str(tmp_path)])
+
+
+def test_too_few_classes_and_images(flags, tmp_path):
+    with pytest.raises(SystemExit, match='3 classes, --num-classes is 2'):
+        main([*flags, '--num-classes', '2', '--output', str(tmp_path)])
+    with pytest.raises(SystemExit, match='120 training images do not fill a batch'):
+        main([*flags, '--batch-size', '121', '--output', str(tmp_path)])
+    with pytest.raises(SystemExit, match='there are 120 training images'):
+        main([*flags, '--holdout', '120', '--output', str(tmp_path)])
+
+
+def test_a_run_is_never_overwritten(flags, run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob('*')}
+    with pytest.raises(SystemExit, match='is not empty: continue with --resume auto, or choose another --experiment'):
+        main([*flags, '--output', str(run.parent), '--experiment', run.name])
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob('*')}
+
+
+def test_resume_refuses_other_arguments(flags, run):
+    with pytest.raises(SystemExit) as error:
+        main([
+            *flags, '--output', str(run.parent), '--experiment', run.name, '--resume', 'auto', '--lr', '0.1',
+            '--model-kwargs', 'K=3'])
+    assert 'model_kwargs: {} there' in str(error.value) and 'lr: 0.05 there, 0.1 here' in str(error.value)
+    assert '--initial-checkpoint' in str(error.value)
+
+
+def test_resume_auto_starts_where_there_is_nothing_to_resume(flags, tmp_path):
+    folder = main([*flags, '--epochs', '1', '--output', str(tmp_path), '--experiment', 'new', '--resume', 'auto'])
+    assert (folder / 'model').is_dir()
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(flags, tmp_path):
+    with pytest.raises(SystemExit, match='the loss is .* choose a smaller --lr'):
+        main([*flags, '--lr', '1e30', '--output', str(tmp_path), '--experiment', 'run'])
+    assert not (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+# Images
+
+def test_holdout_is_stratified_and_always_the_same():
+    targets = torch.randint(4, (1000,)).tolist()
+    held_out = holdout_split(targets, 100)
+    torch.manual_seed(5)
+    assert held_out == holdout_split(targets, 100) and len(set(held_out)) == 100
+    share = Counter(targets[i] for i in held_out)
+    assert all(abs(share[c] - n / 10) <= 1 for c, n in Counter(targets).items())
+
+
+def test_holdout_never_reads_the_validation_set(images, flags, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'train').symlink_to(images / 'train')  # and no validation/
+    args = parse_args([*flags, '--data-dir', str(tmp_path / 'data'), '--holdout', '30'])
+    train_part, eval_part, _ = create_parts(args)
+    assert set(train_part.indices).isdisjoint(eval_part.indices)
+    assert len(train_part) == 90 and Counter(eval_part.dataset[i][1] for i in eval_part.indices) == {0: 10, 1: 10, 2: 10}
+
+
+def loader_of(args, train, **kwargs):
+    part = create_parts(args)[0 if train else 1]
+    config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation='bicubic', crop_pct=1.)
+    return create_batches(part, args, config, torch.device('cpu'), train, **kwargs)
+
+
+def test_images_from_memory_are_timms(flags):
+    for train in (True, False):
+        batches = [
+            list(loader_of(parse_args([*flags, '--no-aug', '-b', '1', cache]), train)) for cache in ('--cache', '--no-cache')]
+        memory, files = (torch.cat([images for images, _ in part]) for part in batches)
+        order = [sorted(part.flatten(1).sum(1).tolist()) for part in (memory, files)]
+        assert torch.equal(memory, files) if not train else order[0] == order[1]
+
+
+@pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
+def test_crop_padding(flags, tmp_path, cache):
+    """Every offset of the crop is equally likely, both directions of the flip too; what comes from outside is black."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for split in ('train', 'validation'):
+        (tmp_path / split / 'only').mkdir(parents=True)
+        for i in range(25 if split == 'train' else 1):
+            Image.fromarray(np.repeat(pixels[..., None], 3, 2)).save(tmp_path / split / 'only' / f'{i}.png')
+    args = parse_args([*flags, '--data-dir', str(tmp_path), '-b', '25', cache])
+    loader, black, crops, seen = loader_of(args, True), np.pad(pixels, 2), {}, Counter()
+    for y in range(5):
+        for x in range(5):
+            crop = black[y:y + 16, x:x + 16]
+            crops[crop.tobytes()], crops[crop[:, ::-1].tobytes()] = (y, x, False), (y, x, True)
+    for epoch in range(40):
+        if cache == '--cache':
+            loader.loader.set_epoch(epoch)
+        for batch, _ in loader:
+            for image in (batch * 0.25 + 0.5).mul(255).round().byte()[:, 0].numpy():
+                seen[crops[image.tobytes()]] += 1
+    assert len(seen) == 50 and sum(seen.values()) == 1000
+    assert max(seen.values()) < 45  # 20 expected, standard deviation 4.4
+
+
+# Interruption
+
+MEMORY = ['--model-ema', '--clip-grad', '1', '--grad-accum-steps', '2']
+WORKERS = ['--no-cache', '--workers', '2', '--aa', 'rand-m9', '--mixup', '0.5', '--opt', 'adamw', '--lr', '1e-3']
+
+
+@pytest.mark.parametrize('moment, extra', [
+    ('train.evaluate', MEMORY),  # after the steps of an epoch
+    ('utils.CheckpointSaver._save', WORKERS),  # after its row of the summary
+    ('os.replace', MEMORY),  # when its checkpoint is written but not in place
+    ('train.save_for_hf', MEMORY),  # after the last one
+], ids=['steps', 'row', 'checkpoint', 'end'])
+def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, extra):
+    """SIGKILL in the second of two epochs."""
+    flags = [*flags, *extra, '--output', str(tmp_path), '--resume', 'auto', '--epochs', '2']
+    script = textwrap.dedent(f"""
+        import os, signal, sys
+        from timm import utils
+        from convnn_timm import train
+        original, calls = {moment}, []
+        def killing(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == {1 if 'hf' in moment else 2}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        {moment} = killing
+        train.main(sys.argv[1:])
+    """)
+    killed = subprocess.run([sys.executable, '-c', script, *flags, '--experiment', 'killed'], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert weights(tmp_path / 'killed')['epoch'] == (1 if 'hf' in moment else 0)  # no finished epoch is lost
+    resumed = main([*flags, '--experiment', 'killed'])
+    whole = main([*flags, '--experiment', 'whole'])
+    before, after = weights(whole), weights(resumed)
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'epoch'):
+        assert equal(before.get(key), after.get(key)), key
+    assert equal(load_file(whole / 'model' / 'model.safetensors'), load_file(resumed / 'model' / 'model.safetensors'))
+    columns = [
+        [row.split(',')[0::4] for row in (folder / 'summary.csv').read_text().split()] for folder in (whole, resumed)]
+    assert columns[0] == columns[1]
+
+
+def test_sigterm_leaves_a_run_that_can_go_on(flags, tmp_path):
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from convnn_timm import train
+        original, calls = train.evaluate, []
+        def terminating(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+        train.evaluate = terminating
+        train.main(sys.argv[1:])
+    """)
+    ended = subprocess.run(
+        [sys.executable, '-c', script, *flags, '--output', 'out', '--experiment', 'run'],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1 and 'Traceback' not in ended.stderr
+    command = ended.stderr.strip().splitlines()[-1]
+    assert command == 'interrupted; continue with: convnn-timm train -c out/run/args.yaml --resume auto'
+    assert len((tmp_path / 'out' / 'run' / 'summary.csv').read_text().split()) == 2
+    assert (tmp_path / 'out' / 'run' / 'curve.png').is_file()
+    recipe = yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())
+    folder = main(['-c', str(tmp_path / 'out' / 'run' / 'args.yaml'), '--output', str(tmp_path / 'out'), '--resume', 'auto'])
+    assert recipe['experiment'] == folder.name and weights(folder)['epoch'] == 2
+
+
+# Several processes
+
+@pytest.mark.parametrize('cache', ['--cache', pytest.param('--no-cache', marks=pytest.mark.slow)])
+def test_two_processes_end_with_equal_weights_and_count_every_image_once(flags, tmp_path, capsys, cache):
+    (tmp_path / 'both.py').write_text(textwrap.dedent("""
+        import os, sys, torch
+        from convnn_timm import train
+        original = train.evaluate
+        def recording(model, loader, *args):
+            metrics = original(model, loader, *args)
+            torch.save((model.state_dict(), dict(metrics)), f'rank{os.environ["RANK"]}.pt')
+            return metrics
+        train.evaluate = recording
+        train.main(sys.argv[1:])
+    """))
+    done = subprocess.run(
+        [
+            sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617', 'both.py',
+            *flags, cache, '--model-ema', '--device', 'cpu', '--epochs', '2', '--output', 'out', '--experiment', 'run',
+        ],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    (state, metrics), (other_state, other_metrics) = (torch.load(tmp_path / f'rank{rank}.pt') for rank in (0, 1))
+    assert equal(state, other_state) and metrics == other_metrics
+    assert metrics['images'] == 51  # 26 in one, 25 in the other
+    saved = weights(tmp_path / 'out' / 'run')
+    assert equal(state, saved['state_dict_ema'])
+    main(['--evaluate', str(tmp_path / 'out' / 'run')])
+    assert printed_result(capsys) == done.stdout.strip().splitlines()[-1]
+
+
+def test_processes_share_the_images_of_an_epoch():
+    images = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 3, 4, 4)
+    shares = [
+        torch.cat([targets for _, targets in MemoryBatches(
+            images, torch.arange(50), 8, train=True, seed=3, rank=rank, world_size=world_size)])
+        for rank, world_size in ((0, 2), (1, 2), (0, 1))
+    ]
+    assert [len(share) for share in shares] == [24, 24, 48]
+    assert torch.equal(torch.stack(shares[:2], 1).flatten(), shares[2])
+    assert len(shares[2].unique()) == 48
