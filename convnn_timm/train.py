@@ -304,22 +304,19 @@ def print_result(row: Dict[str, float]) -> None:
 
 # Commands
 
-def create_model(args: argparse.Namespace, names: Optional[List[str]]) -> nn.Module:
-    """Create the model, for as many classes as the data has unless --num-classes says otherwise."""
-    model = timm.create_model(
+def create_model(args: argparse.Namespace) -> nn.Module:
+    """Create the model of the arguments."""
+    return timm.create_model(
         args.model,
         pretrained=args.pretrained,
         in_chans=args.input_size[0] if args.input_size else 3,
-        num_classes=args.num_classes or (len(names) if names else None),
+        num_classes=args.num_classes,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         global_pool=args.gp,
         checkpoint_path=args.initial_checkpoint,
         **args.model_kwargs,
     )
-    if names and len(names) > model.num_classes:
-        raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
-    return model
 
 
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable:
@@ -388,16 +385,19 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
     world = copy.copy(args)
     device = utils.init_distributed_device(world)
     rank, world_size = world.rank, world.world_size
+    train_part, eval_part, names = create_parts(args)
+    eval_part.indices = eval_part.indices[rank::world_size]
+    args.num_classes = args.num_classes or (len(names) if names else None)
     checkpoint = open_run(args, rank)
     folder = run_folder(args)
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
         torch.backends.cudnn.benchmark = True
 
-    train_part, eval_part, names = create_parts(args)
-    eval_part.indices = eval_part.indices[rank::world_size]
     utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
-    model = create_model(args, names)
+    model = create_model(args)
+    if names and len(names) > model.num_classes:
+        raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
     data_config = resolve_data_config(vars(args), model=model)
     description = describe(model, data_config['input_size']) if rank == 0 else ''
     if args.grad_checkpointing:

@@ -20,6 +20,7 @@ EXAMPLES = """Train an image classifier. The flags are those of timm's train.py;
     convnn-timm train -c output/RUN/args.yaml --resume auto
     convnn-timm train --evaluate output/RUN
 """
+
 # Every flag with its default, timm's where timm has the flag; a type stands for no default.
 ARGUMENTS = {
     'data': dict(
@@ -102,9 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
         for name, default in arguments.items():
             sample = default[0] if isinstance(default, list) else default
             kind, typed = (sample, True) if isinstance(sample, type) else (type(sample), False)
-            options = dict(default=None if typed else default, help=HELP.get(name, ''))
-            if not typed and default not in ('', {}, False) and name not in HELP:
-                options['help'] = f'default: {default}'
+            text = HELP.get(name, '')
+            if not (typed or default in ('', {}, False) or 'default' in text):
+                text = f'{text} (default: {default})'.strip()
+            options = dict(default=None if typed else default, help=text)
             if kind is bool:  # --amp and --no-amp, so that the command line can undo a recipe
                 options['action'] = 'store_true' if name.startswith('no_') else argparse.BooleanOptionalAction
             elif kind is dict:

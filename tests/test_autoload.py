@@ -147,7 +147,8 @@ def test_who_asks_for_the_models_sees_the_error(small_timm, script):
 def test_an_old_timm_is_named(small_timm):
     timm = small_timm('1.0.9')
     message = f"needs timm 1.0.31 or newer, found 1.0.9 in {timm / 'timm'}: pip install --upgrade 'timm>=1.0.31'"
-    assert f'ImportError: convnn_timm {message}' in python('import timm, convnn_timm', autoload=False, path=timm, status=1)
+    printed = python('import timm, convnn_timm', autoload=False, path=timm, status=1)
+    assert f'ImportError: convnn_timm {message}' in printed
     printed = python('import convnn_timm, timm; print(timm.version.__version__)', autoload=False, path=timm)
     assert '1.0.9\n' in printed and 'RuntimeWarning' in printed and message in printed
 

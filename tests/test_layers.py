@@ -309,6 +309,22 @@ def test_exports(layer_type):
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
+@pytest.mark.parametrize('layer_type, args', [
+    *[(layer_type, dict(K=5, shuffle_pattern='BA', shuffle_scale=2)) for layer_type in LAYERS_2D + [CoordConv2d]],
+    (ConvNN1d, dict(sampling_type='random', num_samples=12)), (BranchingAttention2d, dict(branch_ratio=0.)),
+    (Branching2d, dict(branch_ratio=1., bias=False)), (ConvNNAttention2d, dict(aggregation_type='Loc_Col'))])
+def test_scripts(layer_type, args, tmp_path):
+    args = {name: value for name, value in args.items() if name != 'K' or layer_type is not CoordConv2d}
+    layer = layer_type(4, 6, **args).eval()
+    x = image(2, 4, 12, 8, dtype=torch.float32) if layer_type is not ConvNN1d else image(2, 4, 20, dtype=torch.float32)
+    scripted = torch.jit.script(layer)
+    assert torch.equal(scripted(x), layer(x))
+    scripted.save(tmp_path / 'layer.pt')
+    assert torch.equal(torch.jit.load(tmp_path / 'layer.pt')(x), layer(x))
+    scripted(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 # Errors
 
 @pytest.mark.parametrize('args, message', [

@@ -1,9 +1,10 @@
 """timm's own model tests, from the source distribution of the installed timm, pass for the models of this project.
 
 A model counts as tested if every test function that timm runs for its own resnet18 (or vgg11) has run for it and
-passed, without a skip. What timm runs for its own is collected from the same file without the plugin. Slow: all 36 models.
+passed, without a skip. What timm runs for its own is collected from the same file without the plugin.
 
-CONVNN_TIMM_TESTS_TIMM_SDIST may name an unpacked source distribution; otherwise pip fetches it once into pytest's cache.
+CONVNN_TIMM_TESTS_TIMM_SDIST may name an unpacked source distribution; otherwise pip fetches it, once, into pytest's
+cache.
 """
 import importlib.metadata
 import os

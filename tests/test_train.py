@@ -185,8 +185,6 @@ def test_wrong_recipe(tmp_path, text, message):
     (['x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
     (['x', '--sched', 'plateau'], 'plateau is not supported'),
     (['/nowhere'], 'there is no folder /nowhere'),
-    (['x', '--resume', 'auto'], 'name it with --experiment'),
-    (['x', '--resume', 'nothing.pth.tar'], 'there is no such file'),
 ])
 def test_wrong_command_line(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -214,6 +212,15 @@ def test_a_run_is_never_overwritten(flags, run):
     with pytest.raises(SystemExit, match='is not empty: continue with --resume auto, or choose another --experiment'):
         main([*flags, '--output', str(run.parent), '--experiment', run.name])
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob('*')}
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--resume', 'auto'], 'name it with --experiment'),
+    (['--resume', 'nothing.pth.tar'], 'nothing.pth.tar: there is no such file'),
+])
+def test_nothing_to_resume(flags, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*flags, *argv])
 
 
 def test_resume_refuses_other_arguments(flags, run):

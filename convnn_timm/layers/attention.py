@@ -1,11 +1,13 @@
 """ConvNN attention: neighbours are found, and weighted, by learned projections."""
 import math
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
 from .base import NeighborLayer, map_to_tokens, with_own_first
+from .script import layer_spec
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
 
@@ -71,13 +73,15 @@ class _ConvNNAttention(NeighborLayer):
         self.w_q = conv(C, C, 1, bias=False, **dd)
         self.w_k = conv(C, C, 1, bias=False, **dd)
         self.w_v = conv(C, C, 1, bias=False, **dd)
-        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.attention_dropout = attention_dropout
+        self.attn_drop = nn.Dropout(attention_dropout)
         # Depthwise, one weight per channel and neighbour rank.
         self.weight = nn.Parameter(torch.empty((C, 1, K) + (1,) * (self.axes - 1), **dd))
         self.bias = nn.Parameter(torch.empty(C, **dd)) if bias else None
         self.pointwise_conv = conv(C, O, 1, bias=bias, **dd)
         self.w_o = conv(O, O, 1, bias=False, **dd)
         self.reset_parameters()
+        self.spec = layer_spec(self)
 
     def reset_parameters(self) -> None:
         """Depthwise weights start at 1: plain attention. (The projections initialise themselves.)"""
@@ -86,7 +90,8 @@ class _ConvNNAttention(NeighborLayer):
             bound = 1 / math.sqrt(self.K)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @torch.jit.unused
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         x, size = self.enter(x)
         x = self.aggregated(x)
         index, attention = self._attend(x, size)
@@ -95,12 +100,17 @@ class _ConvNNAttention(NeighborLayer):
         y = y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(-1, 1)
         return self.leave_map(self.w_o(self.pointwise_conv(y)))
 
+    def tensors(self) -> List[Optional[torch.Tensor]]:
+        return [
+            self.weight, self.bias, self.w_q.weight, self.w_k.weight, self.w_v.weight, self.pointwise_conv.weight,
+            self.pointwise_conv.bias, self.w_o.weight]
+
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
         x, size = self.enter(x)
         return self._attend(self.aggregated(x), size)[0]
 
-    def _attend(self, x: torch.Tensor, size):
+    def _attend(self, x: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """Neighbours (B, Q, K) of the kept positions of the padded map x, and their attention weights."""
         B, queries = x.shape[0], self.queries(size, x.device)
         key = map_to_tokens(self.w_k(x)).index_select(1, queries)
@@ -113,7 +123,7 @@ class _ConvNNAttention(NeighborLayer):
             others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
             index = with_own_first(queries, positions[place], B)
             score = torch.cat([score.to(others.dtype), others], dim=-1)
-        return index, self.attention_dropout(score.softmax(dim=-1))
+        return index, self.attn_drop(score.softmax(dim=-1))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ('' if self.bias is not None else ', bias=False')

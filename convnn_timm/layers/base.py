@@ -2,13 +2,13 @@
 from typing import Any, Optional, Tuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from convnn_timm.ops.knn import METRICS
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .sampling import SAMPLING_TYPES, candidate_positions, inner_positions
+from .script import ScriptedWhole
 
 __all__ = ['NeighborLayer', 'check_choice', 'check_input', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES']
 
@@ -29,7 +29,7 @@ def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
         raise ValueError(f'expected {channels} input channels, got {x.shape[1]} in {tuple(x.shape)}')
 
 
-class NeighborLayer(nn.Module):
+class NeighborLayer(ScriptedWhole):
     """Arguments, checks and token bookkeeping of a layer that selects neighbours.
 
     Forward is `enter` (unshuffle, pad), select, aggregate, `leave` (tokens to map, shuffle). Tokens are the positions of

@@ -45,6 +45,7 @@ class _Hybrid(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
+        self.shuffle_scale = neighbor_args['shuffle_scale']
         self.branch_ratio = branch_ratio
         self.branch1 = self.branch2 = None
         if neighbor_channels:
@@ -58,13 +59,20 @@ class _Hybrid(nn.Module):
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_input(x, self.axes, self.in_channels)
-        branches = [branch(x) for branch in (self.branch1, self.branch2) if branch is not None]
-        if len(branches) == 2 and branches[0].shape[2:] != branches[1].shape[2:]:
-            raise ValueError(
-                f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
-                f'({self.branch1.shuffle_scale} x {self.stride}), so that both branches give the same size')
-        return self.pointwise_conv(torch.cat(branches, dim=1) if len(branches) == 2 else branches[0])
+        if not torch.jit.is_scripting():
+            check_input(x, self.axes, self.in_channels)
+        if self.branch1 is None:
+            x = self.branch2(x)
+        elif self.branch2 is None:
+            x = self.branch1(x)
+        else:
+            x1, x2 = self.branch1(x), self.branch2(x)
+            if not torch.jit.is_scripting() and x1.shape[2:] != x2.shape[2:]:
+                raise ValueError(
+                    f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
+                    f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
+            x = torch.cat([x1, x2], dim=1)
+        return self.pointwise_conv(x)
 
     def extra_repr(self) -> str:
         return f'branch_ratio={self.branch_ratio}'

@@ -16,6 +16,7 @@ from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops.chunks import widen
 from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, map_to_tokens, with_own_first
 from .coordinates import centered_positions, similarity_coordinates
+from .script import layer_spec
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
@@ -81,6 +82,7 @@ class _ConvNN(NeighborLayer):
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
         self.reset_parameters()
+        self.spec = layer_spec(self)
 
     def reset_parameters(self) -> None:
         """The initialisation of torch's convolutions."""
@@ -89,7 +91,8 @@ class _ConvNN(NeighborLayer):
             bound = 1 / math.sqrt(self.token_channels * self.K)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @torch.jit.unused
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
         x, size = self.enter(x)
         window = self._convolution_window()
         if window is not None:

@@ -5,11 +5,12 @@ import torch.nn as nn
 from .base import AGGREGATION_TYPES, check_choice, check_input
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
+from .script import ScriptedWhole, layer_spec
 
 __all__ = ['CoordConv2d']
 
 
-class CoordConv2d(nn.Conv2d):
+class CoordConv2d(ScriptedWhole, nn.Conv2d):
     """Conv2d on the input with its two coordinate channels appended, between optional pixel-(un)shuffles.
 
     Args:
@@ -50,16 +51,19 @@ class CoordConv2d(nn.Conv2d):
             in_channels * (scale ** 2 if 'B' in shuffle_pattern else 1) + (2 if aggregation_type == 'Loc_Col' else 0),
             out_channels * (scale ** 2 if shuffle_pattern in ('A', 'BA') else 1),
             kernel_size, stride=stride, padding=padding, bias=bias, device=device, dtype=dtype)
-        self.map_channels = in_channels
+        self.in_channels = in_channels  # of the layer; the convolution inside sees coordinates and shuffled channels too
+        self.out_channels = out_channels
         self.shuffle_pattern = shuffle_pattern
         self.shuffle_scale = scale
         self.aggregation_type = aggregation_type
+        self.spec = layer_spec(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_input(x, 2, self.map_channels)
+    @torch.jit.unused
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, 2, self.in_channels)
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         if self.aggregation_type == 'Loc_Col':
             x = append_coordinates(x)
-        x = super().forward(x)
+        x = self._conv_forward(x, self.weight, self.bias)
         return shuffle(x, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else x

@@ -70,7 +70,7 @@ class ConvNNResNet(ResNet):
         super().__init__(
             ConvNNBasicBlock, layers, in_chans=in_chans, block_args=dict(layer=layer, layer_args=layer_args),
             device=device, dtype=dtype, **kwargs)
-        self.input_noise = input_noise
+        self.input_noise = float(input_noise)
         self.conv1 = nn.Conv2d(
             in_chans, self.conv1.out_channels, 3, padding=1, bias=False, device=device, dtype=dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
@@ -83,11 +83,10 @@ class ConvNNResNet(ResNet):
         super().init_weights(zero_init_last=zero_init_last)
         init_convnn_weights(self)
 
-    def forward_intermediates(self, x: torch.Tensor, *args, **kwargs):
-        return super().forward_intermediates(add_input_noise(x, self.input_noise, self.training), *args, **kwargs)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward_features(add_input_noise(x, self.input_noise, self.training))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = add_input_noise(x, self.input_noise, self.training)
+        x = self.forward_features(x)
+        return self.forward_head(x)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -60,7 +60,7 @@ class ConvNNVGG(VGG):
         super().__init__(
             cfg, conv_layer=conv_layer, norm_layer=nn.BatchNorm2d, drop_rate=drop_rate, device=device, dtype=dtype,
             **kwargs)
-        self.input_noise = input_noise
+        self.input_noise = float(input_noise)
 
     def _initialize_weights(self) -> None:
         super()._initialize_weights()
@@ -70,17 +70,21 @@ class ConvNNVGG(VGG):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def forward_intermediates(self, x: torch.Tensor, *args, **kwargs):
-        return super().forward_intermediates(add_input_noise(x, self.input_noise, self.training), *args, **kwargs)
+    @torch.jit.ignore
+    def _stages(self) -> List[nn.Module]:
+        """The features cut at the ends of stages: an in-place ReLU at the start of a piece would overwrite its input."""
+        starts = [0] + [end + 1 for end in self.feature_ends]
+        return [self.features[i:j] for i, j in zip(starts, starts[1:] + [len(self.features)]) if i < j]
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = add_input_noise(x, self.input_noise, self.training)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            # Stage by stage: a segment must not begin with an in-place ReLU, which would overwrite its saved input.
-            starts = [0] + [end + 1 for end in self.feature_ends]
-            stages = [self.features[i:j] for i, j in zip(starts, starts[1:] + [len(self.features)]) if i < j]
-            return checkpoint_seq(stages, x)
-        return super().forward_features(x)
+            return checkpoint_seq(self._stages(), x)
+        return self.features(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = add_input_noise(x, self.input_noise, self.training)
+        x = self.forward_features(x)
+        return self.forward_head(x)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -1,0 +1,169 @@
+"""What the models promise beyond timm's own tests (test_timm_contract.py) and the golden networks (test_golden.py)."""
+import pytest
+import timm
+import torch
+from timm.models import group_parameters, save_for_hf
+from timm.optim import create_optimizer_v2
+
+import convnn_timm
+from convnn_timm.layers import LAYER_TYPES, layer_arguments
+
+NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
+         for layer in LAYER_TYPES]
+NARROW = dict(channels=(8, 8, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
+
+
+def images(n=2, size=32, channels=3, dtype=torch.float32):
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_all_names_are_registered_with_their_configuration():
+    assert len(NAMES) == 36 and set(NAMES) <= set(timm.list_models())
+    for name in NAMES:
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.tag == 'cifar10' and cfg.num_classes == 10 and cfg.input_size == (3, 32, 32) and cfg.crop_pct == 1.0
+        assert cfg.mean == (0.4914, 0.4822, 0.4465) and cfg.std == (0.2470, 0.2435, 0.2616)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_layer_argument_is_a_keyword_of_every_model(name):
+    arguments = dict(
+        K=4, kernel_size=5, padding=2, sampling_type='random', num_samples=16, sample_padding=1, shuffle_pattern='BA',
+        shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col', aggregation_type='Loc_Col',
+        lambda_param=0.3, branch_ratio=0.25, attention_dropout=0.2, bias=True)
+    assert set(arguments) == set(layer_arguments())
+    with torch.device('meta'):
+        model = timm.create_model(name, **arguments, input_noise=0.1, device='meta')
+        assert model(images().to('meta')).shape == (2, 10)
+        with pytest.raises(TypeError, match='neighbours'):
+            timm.create_model(name, neighbours=9, device='meta')
+
+
+@pytest.mark.parametrize('name, count', [
+    ('vgg11_convnn_branching', 130_015_690), ('vgg11_convnn', 128_812_810), ('vgg11_conv2d', 128_812_810)])
+def test_parameter_counts_of_the_paper(name, count):
+    assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == count
+
+
+@pytest.mark.parametrize('depth', ['resnet18', 'vgg11'])
+def test_a_network_that_selects_by_location_is_its_convolution_twin(depth):
+    options = NARROW if depth == 'resnet18' else {}
+    twin = timm.create_model(f'{depth}_conv2d', **options).double().eval()
+    model = timm.create_model(
+        f'{depth}_convnn', similarity_type='Loc', magnitude_type='euclidean', **options).double().eval()
+    weights = {name: value.view_as(model.state_dict()[name]) for name, value in twin.state_dict().items()}
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(model(images(dtype=torch.float64)), twin(images(dtype=torch.float64)))
+
+
+@pytest.mark.parametrize('layer', LAYER_TYPES)
+def test_every_parameter_of_a_resnet_gets_a_gradient(layer):
+    model = timm.create_model(f'resnet18_{layer}', drop_path_rate=0.1, drop_rate=0.1, **NARROW)
+    model(images(4)).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    if layer.endswith('attn'):  # with cosine scores, a projection's gradient may be tiny, never missing
+        without = [name for name in without if dict(model.named_parameters())[name].grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize('name, options', [
+    ('resnet18_convnn_branching', dict(NARROW)),
+    ('resnet18_convnn_attn', dict(NARROW, attention_dropout=0.3)),
+    ('vgg11_convnn_branching', dict(drop_rate=0., mlp_ratio=0.01, sampling_type='random', num_samples=16))])
+def test_gradient_checkpointing_gives_the_same_gradients(name, options):
+    model = timm.create_model(name, **options).train()
+    grads = []
+    for enable in False, True:
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(images()).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*grads):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, reductions, channels', [
+    ('resnet18_convnn_branching', [1, 1, 2, 4, 8], [64, 64, 128, 256, 512]),
+    ('vgg11_convnn', [1, 2, 4, 8, 16, 32], [64, 128, 256, 512, 512, 512])])
+def test_features(name, reductions, channels):
+    model = timm.create_model(name, features_only=True).eval()
+    assert model.feature_info.reduction() == reductions and model.feature_info.channels() == channels
+    with torch.no_grad():
+        for feature, reduction, c in zip(model(images()), reductions, channels):
+            assert feature.shape == (2, c, 32 // reduction, 32 // reduction)
+
+
+def test_classifier_and_input_options():
+    model = timm.create_model(
+        'resnet18_convnn_branching', num_classes=7, in_chans=1, global_pool='max', drop_path_rate=0.2, **NARROW).eval()
+    assert model(images(channels=1)).shape == (2, 7)
+    model.reset_classifier(3)
+    assert model(images(channels=1)).shape == (2, 3) and model.global_pool.pool_type == 'max'
+    assert model.layer4[1].drop_path is not None
+    assert model(images(size=20, channels=1)).shape == (2, 3)  # any size that holds K tokens
+    for fixed in 'stem_type', 'output_stride', 'stem_width':
+        with pytest.raises(TypeError, match=f'fixed stem and stride: it takes no {fixed}'):
+            timm.create_model('resnet18_convnn', **{fixed: 8})
+
+
+@pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'vgg11_convnn_branching'])
+def test_layer_decay_groups_the_layers(name):
+    model = timm.create_model(name, device='meta')
+    groups = group_parameters(model, model.group_matcher(coarse=False))
+    assert len(groups) > 5
+    with torch.device('meta'):
+        optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, layer_decay=0.5)
+    assert len({group['lr_scale'] for group in optimizer.param_groups}) > 5
+
+
+def test_input_noise_is_added_in_training_only():
+    for name, options in ('resnet18_conv2d', NARROW), ('vgg11_conv2d', dict(drop_rate=0.)):
+        model = timm.create_model(name, input_noise=0.5, **options)
+        x = images()
+        assert not torch.equal(model.train()(x), model(x))
+        assert torch.equal(model.eval()(x), model(x))
+
+
+# Checkpoints
+
+def test_pretrained_without_weights_says_so():
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet18_convnn'):
+        timm.create_model('resnet18_convnn', pretrained=True)
+
+
+@pytest.mark.parametrize('name, options', [
+    ('resnet18_convnn_branching', dict(NARROW, K=5, sampling_type='random', num_samples=32)),
+    ('resnet18_convnn_attn', dict(NARROW, aggregation_type='Loc_Col'))])
+def test_a_saved_folder_rebuilds_the_model(name, options, tmp_path):
+    model = timm.create_model(name, num_classes=4, **options).eval()
+    save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
+    assert loaded.layer1[0].conv1.extra_repr() == model.layer1[0].conv1.extra_repr()
+    assert torch.equal(loaded(images()), model(images()))
+
+
+def test_weights_are_adapted_to_one_input_channel():
+    """Summed over colours, as timm does for a convolution, in both branches."""
+    model = timm.create_model('vgg11_convnn_branching')
+    grey = timm.create_model(
+        'vgg11_convnn_branching', pretrained=True, in_chans=1,
+        pretrained_cfg_overlay=dict(state_dict=model.state_dict()))
+    for name in 'branch1', 'branch2':
+        expected = getattr(model.features[0], name).weight.sum(1, keepdim=True)
+        torch.testing.assert_close(getattr(grey.features[0], name).weight, expected)
+    assert torch.equal(grey.features[4].branch1.weight, model.features[4].branch1.weight)
+    assert grey.eval()(images(channels=1)).shape == (2, 10)
+
+
+def test_a_checkpoint_that_lacks_tensors_is_an_error_and_not_a_silent_load():
+    model = timm.create_model('resnet18_convnn', **NARROW)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith('layer3.')}
+    with pytest.raises(RuntimeError, match='the checkpoint lacks 25 tensors of ConvNNResNet, among them layer3.0.conv1.weight'):
+        timm.create_model(
+            'resnet18_convnn', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith('fc.')}
+    loaded = timm.create_model(
+        'resnet18_convnn', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)
+    assert torch.equal(loaded.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
