@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,7 +228,10 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         if args.resume == 'auto':
             return ''
         raise UsageError(f'--resume {checkpoint}: there is no such file')
-    before, now = vars(utils.load_checkpoint_metadata(checkpoint)['args']), recorded(args)
+    saved = utils.load_checkpoint_metadata(checkpoint)
+    if 'args' not in saved:
+        raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
+    before, now = vars(saved['args']), recorded(args)
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
     if changed:
         raise UsageError('\n'.join([
@@ -306,17 +310,22 @@ def print_result(row: Dict[str, float]) -> None:
 
 def create_model(args: argparse.Namespace) -> nn.Module:
     """Create the model of the arguments."""
-    return timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        in_chans=args.input_size[0] if args.input_size else 3,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        global_pool=args.gp,
-        checkpoint_path=args.initial_checkpoint,
-        **args.model_kwargs,
-    )
+    if ':' not in args.model and not timm.is_model(args.model):
+        raise UsageError(f'unknown model {args.model!r}: `convnn-timm list` names those of this package')
+    try:
+        return timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            in_chans=args.input_size[0] if args.input_size else 3,
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            global_pool=args.gp,
+            checkpoint_path=args.initial_checkpoint,
+            **args.model_kwargs,
+        )
+    except (TypeError, ValueError) as error:  # an argument that the model does not know, or a wrong value
+        raise UsageError(f'{args.model}: {error}') from error
 
 
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable:
@@ -435,9 +444,12 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint and Path(checkpoint).parent.samefile(folder):
+        source = Path(checkpoint).parent if checkpoint else folder
+        if (source / 'summary.csv').is_file() and not source.samefile(folder):
+            shutil.copy(source / 'summary.csv', folder)
+        utils.trim_summary(folder / 'summary.csv', start)
+        if checkpoint and source.samefile(folder):
             saver.load_state_dict_from_checkpoint(checkpoint)
-            utils.trim_summary(folder / 'summary.csv', start)
         else:
             (folder / 'args.yaml').write_text(yaml.safe_dump(recorded(args), sort_keys=False))
             (folder / 'model.txt').write_text(description)

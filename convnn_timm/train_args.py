@@ -12,7 +12,7 @@ from timm.utils import ParseKwargs
 
 __all__ = ['UsageError', 'build_parser', 'parse_args', 'recipe_names']
 
-EXAMPLES = """Train an image classifier. The flags are those of timm's train.py; the new or different ones are explained.
+EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
 
     convnn-timm train -c cifar10 --data-dir cifar10/
     convnn-timm train -c cifar10 --dataset torch/cifar10 --dataset-download --data-dir data/
@@ -157,6 +157,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args.data_dir = args.data or args.data_dir
     if not args.data_dir:
         parser.error('which images? --data-dir DIR, a folder with train/<class>/ and validation/<class>/ in it')
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: there is none here; try --device cpu')
     if args.sched == 'plateau':
         parser.error('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
     if args.amp_dtype not in ('float16', 'bfloat16'):

@@ -309,6 +309,21 @@ def test_exports(layer_type):
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
+@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('layer_type, args', [
+    (ConvNN1d, dict(magnitude_type='euclidean')), (BranchingAttention2d, dict(sampling_type='random', num_samples=20))])
+def test_onnx(layer_type, args, dynamo, tmp_path):
+    """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours."""
+    onnxruntime = pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
+    layer = layer_type(3, 4, K=5, **args).eval()
+    x = example(layer).float().relu()
+    x[:, :, ::3] = 0
+    torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'layer.onnx')
+    y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('layer_type, args', [
     *[(layer_type, dict(K=5, shuffle_pattern='BA', shuffle_scale=2)) for layer_type in LAYERS_2D + [CoordConv2d]],
     (ConvNN1d, dict(sampling_type='random', num_samples=12)), (BranchingAttention2d, dict(branch_ratio=0.)),

@@ -6,19 +6,16 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import create_transform, resolve_data_config
 
 from convnn_timm.train import evaluate, main, parse_args
-from convnn_timm.train_args import UsageError, read_recipe, recipe_names
+from convnn_timm.train_args import recipe_names
 from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
 
 CLASSES = ('bee', 'cat', 'dog')
@@ -78,8 +75,8 @@ def equal(a, b):
 def test_run_folder_is_complete(run):
     files = {path.name for path in run.iterdir()}
     assert files == {
-        'args.yaml', 'environment.json', 'summary.csv', 'curve.png', 'model.txt', 'last.pth.tar', 'checkpoint-2.pth.tar',
-        'model',
+        'args.yaml', 'environment.json', 'summary.csv', 'curve.png', 'model.txt', 'last.pth.tar',
+        'checkpoint-2.pth.tar', 'model',
     }
     assert {path.name for path in (run / 'model').iterdir()} == {'config.json', 'model.safetensors'}
     header, *rows = (run / 'summary.csv').read_text().split()
@@ -149,6 +146,16 @@ def test_evaluating_an_unfinished_run_says_how_to_finish_it(tmp_path, images):
         main(['--evaluate', str(tmp_path)])
 
 
+def test_every_image_counts_the_same():
+    logits, targets = torch.randn(23, 7), torch.randint(7, (23,))
+    metrics = evaluate(torch.nn.Identity(), zip(logits.split(10), targets.split(10)))
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert metrics['images'] == 23
+    assert metrics['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert metrics['top1'] == pytest.approx(100 * (ranks < 1).double().mean().item())
+    assert metrics['top5'] == pytest.approx(100 * (ranks < 5).double().mean().item())
+
+
 # Arguments
 
 def test_command_line_beats_recipe_beats_default(tmp_path):
@@ -184,6 +191,7 @@ def test_wrong_recipe(tmp_path, text, message):
     ([], '--data-dir DIR'),
     (['x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
     (['x', '--sched', 'plateau'], 'plateau is not supported'),
+    (['x', '--amp-dtype', 'float8'], 'float16 or bfloat16'),
     (['/nowhere'], 'there is no folder /nowhere'),
 ])
 def test_wrong_command_line(argv, message, capsys):
@@ -196,6 +204,16 @@ def test_wrong_command_line(argv, message, capsys):
 def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path):
     with pytest.raises(SystemExit, match="no folder 'test': see --train-split, --val-split"):
         main([*flags, '--val-split', 'test', '--output', str(tmp_path)])
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--model', 'resnet18_convn'], "unknown model 'resnet18_convn'"),
+    (['--model', 'resnet18_convnn', '--model-kwargs', 'colour=3'], 'resnet18_convnn: .*colour'),
+    (['--model', 'resnet18_convnn', '--model-kwargs', 'K=0'], 'resnet18_convnn: .*K'),
+])
+def test_wrong_model(flags, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*flags, *argv, '--output', str(tmp_path)])
 
 
 def test_too_few_classes_and_images(flags, tmp_path):
@@ -221,6 +239,17 @@ def test_a_run_is_never_overwritten(flags, run):
 def test_nothing_to_resume(flags, argv, message):
     with pytest.raises(SystemExit, match=message):
         main([*flags, *argv])
+
+
+def test_weights_are_no_training_to_resume(flags, run, tmp_path):
+    torch.save({'state_dict': weights(run)['state_dict']}, tmp_path / 'weights.pth')
+    with pytest.raises(SystemExit, match='--initial-checkpoint can take its weights'):
+        main([*flags, '--resume', str(tmp_path / 'weights.pth'), '--output', str(tmp_path)])
+
+
+def test_resume_from_a_file_continues_in_another_folder(flags, run, tmp_path):
+    folder = main([*flags, '--resume', str(run / 'last.pth.tar'), '--output', str(tmp_path), '--experiment', 'copy'])
+    assert equal(weights(run)['state_dict'], load_file(folder / 'model' / 'model.safetensors'))
 
 
 def test_resume_refuses_other_arguments(flags, run):
@@ -260,7 +289,8 @@ def test_holdout_never_reads_the_validation_set(images, flags, tmp_path):
     args = parse_args([*flags, '--data-dir', str(tmp_path / 'data'), '--holdout', '30'])
     train_part, eval_part, _ = create_parts(args)
     assert set(train_part.indices).isdisjoint(eval_part.indices)
-    assert len(train_part) == 90 and Counter(eval_part.dataset[i][1] for i in eval_part.indices) == {0: 10, 1: 10, 2: 10}
+    assert len(train_part) == 90
+    assert Counter(eval_part.dataset[i][1] for i in eval_part.indices) == {0: 10, 1: 10, 2: 10}
 
 
 def loader_of(args, train, **kwargs):
@@ -270,12 +300,11 @@ def loader_of(args, train, **kwargs):
 
 
 def test_images_from_memory_are_timms(flags):
-    for train in (True, False):
-        batches = [
-            list(loader_of(parse_args([*flags, '--no-aug', '-b', '1', cache]), train)) for cache in ('--cache', '--no-cache')]
-        memory, files = (torch.cat([images for images, _ in part]) for part in batches)
-        order = [sorted(part.flatten(1).sum(1).tolist()) for part in (memory, files)]
-        assert torch.equal(memory, files) if not train else order[0] == order[1]
+    def load(cache, train):
+        loader = loader_of(parse_args([*flags, '--no-aug', '-b', '1', cache]), train)
+        return [images[0].numpy().tobytes() for images, _ in loader]
+    assert load('--cache', False) == load('--no-cache', False)
+    assert sorted(load('--cache', True)) == sorted(load('--no-cache', True))  # each in an order of its own
 
 
 @pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
@@ -308,14 +337,15 @@ MEMORY = ['--model-ema', '--clip-grad', '1', '--grad-accum-steps', '2']
 WORKERS = ['--no-cache', '--workers', '2', '--aa', 'rand-m9', '--mixup', '0.5', '--opt', 'adamw', '--lr', '1e-3']
 
 
-@pytest.mark.parametrize('moment, extra', [
-    ('train.evaluate', MEMORY),  # after the steps of an epoch
-    ('utils.CheckpointSaver._save', WORKERS),  # after its row of the summary
-    ('os.replace', MEMORY),  # when its checkpoint is written but not in place
-    ('train.save_for_hf', MEMORY),  # after the last one
-], ids=['steps', 'row', 'checkpoint', 'end'])
-def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, extra):
-    """SIGKILL in the second of two epochs."""
+@pytest.mark.parametrize('moment, call, epochs_done, extra', [
+    pytest.param('utils.CheckpointSaver._save', 1, 0, MEMORY, id='first-row', marks=pytest.mark.slow),
+    pytest.param('train.evaluate', 2, 1, MEMORY, id='steps'),
+    pytest.param('utils.CheckpointSaver._save', 2, 1, WORKERS, id='row-of-summary'),
+    pytest.param('os.replace', 2, 1, MEMORY, id='checkpoint-not-in-place'),
+    pytest.param('train.save_for_hf', 1, 2, MEMORY, id='end'),
+])
+def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, call, epochs_done, extra):
+    """SIGKILL at the given call of a function, when so many epochs were done."""
     flags = [*flags, *extra, '--output', str(tmp_path), '--resume', 'auto', '--epochs', '2']
     script = textwrap.dedent(f"""
         import os, signal, sys
@@ -324,7 +354,7 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, extra):
         original, calls = {moment}, []
         def killing(*args, **kwargs):
             calls.append(1)
-            if len(calls) == {1 if 'hf' in moment else 2}:
+            if len(calls) == {call}:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
         {moment} = killing
@@ -332,7 +362,7 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, extra):
     """)
     killed = subprocess.run([sys.executable, '-c', script, *flags, '--experiment', 'killed'], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert weights(tmp_path / 'killed')['epoch'] == (1 if 'hf' in moment else 0)  # no finished epoch is lost
+    assert epochs_done == 0 or weights(tmp_path / 'killed')['epoch'] + 1 == epochs_done  # no finished epoch is lost
     resumed = main([*flags, '--experiment', 'killed'])
     whole = main([*flags, '--experiment', 'whole'])
     before, after = weights(whole), weights(resumed)
@@ -365,9 +395,9 @@ def test_sigterm_leaves_a_run_that_can_go_on(flags, tmp_path):
     assert command == 'interrupted; continue with: convnn-timm train -c out/run/args.yaml --resume auto'
     assert len((tmp_path / 'out' / 'run' / 'summary.csv').read_text().split()) == 2
     assert (tmp_path / 'out' / 'run' / 'curve.png').is_file()
-    recipe = yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())
-    folder = main(['-c', str(tmp_path / 'out' / 'run' / 'args.yaml'), '--output', str(tmp_path / 'out'), '--resume', 'auto'])
-    assert recipe['experiment'] == folder.name and weights(folder)['epoch'] == 2
+    record = tmp_path / 'out' / 'run' / 'args.yaml'
+    main(['-c', str(record), '--output', str(tmp_path / 'out'), '--resume', 'auto'])
+    assert weights(record.parent)['epoch'] == 2
 
 
 # Several processes

@@ -97,8 +97,7 @@ class _ConvNNAttention(NeighborLayer):
         index, attention = self._attend(x, size)
         values = map_to_tokens(self.w_v(x))
         y = neighbor_conv(values, index, self.weight.flatten(2), self.bias, attention, groups=self.token_channels)
-        y = y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(-1, 1)
-        return self.leave_map(self.w_o(self.pointwise_conv(y)))
+        return self.leave_map(self.w_o(self.pointwise_conv(self.to_map(y, size))))
 
     def tensors(self) -> List[Optional[torch.Tensor]]:
         return [

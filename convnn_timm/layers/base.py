@@ -108,8 +108,10 @@ class NeighborLayer(ScriptedWhole):
 
     def leave(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Tokens (B, Q, C) of the unpadded map `size` back to a map (B, C, *size / stride), shuffled."""
-        y = y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(-1, 1)
-        return self.leave_map(y)
+        return self.leave_map(self.to_map(y, size))
+
+    def to_map(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        return y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(self.axes + 1, 1)
 
     def leave_map(self, y: torch.Tensor) -> torch.Tensor:
         return shuffle(y, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else y
@@ -150,7 +152,7 @@ class NeighborLayer(ScriptedWhole):
 
 def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
     """(B, C, *size) -> (B, T, C) in raster order; no copy for channels_last maps."""
-    return x.movedim(1, -1).flatten(1, -2)
+    return x.movedim(1, x.ndim - 1).flatten(1, -2)
 
 
 def with_own_first(queries: torch.Tensor, neighbors: Optional[torch.Tensor], batch: int) -> torch.Tensor:

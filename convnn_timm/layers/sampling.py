@@ -54,10 +54,28 @@ def candidate_positions(
         return _grid(size, padding, k, num_samples, sample_padding, device)
     if not (padding and equal_padding):
         return torch.arange(tokens, device=device)
-    inner = inner_positions(size, padding, device=device)
-    is_inner = torch.zeros(tokens, dtype=torch.int8, device=device).index_fill(0, inner, 1)
-    padded = is_inner.argsort(stable=True)[:min(k, tokens - len(inner))]
-    return torch.cat([padded, inner]).sort().values
+    return _without_equal_padding(size, padding, k, device)
+
+
+def _without_equal_padding(
+        size: Tuple[int, ...],
+        padding: int,
+        k: int,
+        device: Optional[torch.device],
+) -> torch.Tensor:
+    """The inner positions and the first k of the padding, ascending."""
+    row = size[-1] + 2 * padding
+    first = padding * row + padding if len(size) == 2 else padding  # of the inner positions
+    if k <= first:  # as on all but the smallest maps
+        return torch.cat([torch.arange(k, device=device), inner_positions(size, padding, device=device)])
+    positions, padded = [], 0
+    for t in range(torch.Size(n + 2 * padding for n in size).numel()):
+        place = divmod(t, row) if len(size) == 2 else (t,)
+        inside = all(padding <= i < padding + n for i, n in zip(place, size))
+        padded += not inside
+        if inside or padded <= k:
+            positions.append(t)
+    return torch.tensor(positions, device=device)
 
 
 def _grid(

@@ -49,10 +49,11 @@ def knn(
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
     with no_autocast(query):
         query, candidates = widen(query), widen(candidates)
+        select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
         if metric == 'cosine':
-            score, index = _knn(query, candidates * inverse_norm(candidates), None, exclude, k)
+            score, index = select(query, candidates * inverse_norm(candidates), None, exclude, k)
             return index, score * inverse_norm(query)
-        score, index = _knn(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
+        score, index = select(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
         return index, score - query.square().sum(-1, keepdim=True)
 
 
@@ -87,6 +88,19 @@ def _knn(
 def _(query, candidates, offset, exclude, k):
     shape = (*query.shape[:2], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _knn_onnx(query, candidates, offset, exclude, k):
+    """The same in standard operators. (ONNX defines that TopK gives ties to the lower index; torch.topk does not.)"""
+    score = query @ candidates.transpose(1, 2)
+    if offset is not None:
+        score = score + offset.unsqueeze(1)
+    rank = score
+    if exclude is not None:
+        excluded = exclude.unsqueeze(1) == torch.arange(candidates.shape[1], device=query.device)
+        rank = score.masked_fill(excluded, -torch.inf)
+    index = rank.topk(k).indices
+    return score.gather(-1, index), index
 
 
 def _mask_excluded(score: torch.Tensor, exclude: torch.Tensor) -> torch.Tensor:

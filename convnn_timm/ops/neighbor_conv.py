@@ -8,6 +8,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import reference
 from .chunks import batch_chunks, no_autocast, widen
 
 __all__ = ['neighbor_conv']
@@ -52,6 +53,8 @@ def neighbor_conv(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     score = None if score is None else score.to(x.dtype)
+    if torch.onnx.is_in_onnx_export():  # standard operators
+        return reference.neighbor_conv(x, index, weight, bias, score, groups)
     return _neighbor_conv(x, index, weight, bias, score, groups)
 
 

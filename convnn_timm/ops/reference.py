@@ -36,10 +36,10 @@ def knn(
         score = (query * inverse_norm(query)) @ (candidates * inverse_norm(candidates)).mT
     else:
         score = -(query.unsqueeze(2) - candidates.unsqueeze(1)).square().sum(-1)
-    rank = score.detach().clone()
+    rank = score.detach()
     if exclude is not None:
         excluded = exclude.unsqueeze(1) == torch.arange(candidates.shape[1], device=query.device)
-        rank[:, excluded] = -torch.inf
+        rank = rank.masked_fill(excluded, -torch.inf)
     index = rank.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return index, score.gather(-1, index)
 
