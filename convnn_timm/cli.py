@@ -46,28 +46,24 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv[:1] == ['train']:  # the trainer has a parser of its own, --help included
-            from convnn_timm.train import main as train
-            train(argv[1:])
-            return 0
+        if argv[:1] == ['train']:
+            return train(argv[1:])
         args = build_parser().parse_args(argv)
         return args.command(args) or 0
     except CommandError as error:
-        report(error)
+        report(str(error))
         return error.code
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            raise
-        report(stop)  # the trainer and scripts end with a message
-        return 1
+    except KeyboardInterrupt:
+        report('interrupted')
+        return 130
     except BrokenPipeError:  # `convnn-timm list | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-def report(error: BaseException) -> None:
+def report(message: str) -> None:
     sys.stdout.flush()  # what was said before comes first, also where both streams go to one file
-    print(f'convnn-timm: error: {error}', file=sys.stderr)
+    print(f'convnn-timm: error: {message}', file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -107,11 +103,13 @@ def build_parser() -> Parser:
     sub.add_argument(
         '--model', required=True, metavar='NAME',
         help='model with weights: `local-dir:FOLDER` (the model/ folder of a run), `hf-hub:OWNER/NAME`, a timm name')
-    sub.add_argument('--checkpoint', metavar='FILE', help='weights for NAME, instead of its published ones')
+    sub.add_argument(
+        '--checkpoint', metavar='FILE',
+        help='weights for NAME, on images as NAME usually sees them; the model/ folder of a run knows its own')
     sub.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show for each image (%(default)s)')
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
-    # Listed here for the help; `main` hands its arguments over unread.
+    # Listed for the help only: `train` has a parser of its own.
     commands.add_parser('train', add_help=False, help="train a model, with arguments and recipes as of timm's train.py")
 
     sub = add(
@@ -123,6 +121,17 @@ def build_parser() -> Parser:
 
     add('info', info, 'show versions, devices, and which implementation of each operator runs here and why', 'info')
     return parser
+
+
+def train(argv: List[str]) -> int:
+    from convnn_timm.train import main
+    try:
+        main(argv)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise CommandError(stop.code.removeprefix('error: ')) from stop
+        raise
+    return 0
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -194,7 +203,7 @@ def predict(args: argparse.Namespace) -> int:
         try:
             image = transform(read_image(path, mode))
         except CommandError as error:
-            report(error)
+            report(str(error))
             status = error.code
             continue
         with torch.inference_mode():

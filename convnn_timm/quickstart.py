@@ -134,7 +134,7 @@ def train_digits(data: Path, run: Path, train_args: Sequence[str] = ()) -> None:
         ])
     except SystemExit as stop:
         raise QuickstartError(
-            f'the training ended early: {stop}\n'
+            f'the training ended early: {str(stop).removeprefix("error: ")}\n'
             f'Run the quickstart again to go on, or delete {run.parent} to start over') from stop
 
 

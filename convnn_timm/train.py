@@ -1,28 +1,24 @@
 """ Trainer for image classification, on timm's library.
 
-The arguments are in train_args.py, the images in train_data.py; train_scripts/README.md says what differs from timm's.
+Its arguments are in train_args.py, its images in train_data.py, the run folder in train_folder.py.
+train_scripts/README.md says what differs from timm's train.py.
 """
 import argparse
 import copy
-import csv
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -33,23 +29,19 @@ import yaml
 from timm import utils
 from timm.data import Mixup, resolve_data_config
 from timm.loss import create_classification_loss
-from timm.models import load_checkpoint, model_parameters, resume_checkpoint, safe_model_name, save_for_hf
+from timm.models import load_checkpoint, model_parameters, resume_checkpoint, save_for_hf
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .macs import count_macs
 from .train_args import UsageError, build_parser, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
+from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
 
 __all__ = ['UsageError', 'build_parser', 'evaluate', 'main', 'parse_args', 'train']
 
 _logger = logging.getLogger(__name__)
-
-# Arguments that may differ between a run and its continuation, and those that do not belong to the run.
-FREE_ON_RESUME = {'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
-NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
 
 
 # Training and evaluation
@@ -188,118 +180,6 @@ def evaluate(
 
 def mean_lr(optimizer: torch.optim.Optimizer) -> float:
     return sum(group['lr'] for group in optimizer.param_groups) / len(optimizer.param_groups)
-
-
-# The run folder
-
-class Saver(utils.CheckpointSaver):
-    """timm's, but a checkpoint is replaced in one step; timm deletes the old one first."""
-
-    def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """Where the run's files are."""
-    return Path(args.output) / args.experiment
-
-
-def recorded(args: argparse.Namespace) -> Dict[str, Any]:
-    """The arguments that make the run."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-
-
-def open_run(args: argparse.Namespace, rank: int) -> str:
-    """Name the run; returns the checkpoint to continue from, or ''.
-
-    Raises:
-        UsageError: If the folder holds another run, or the checkpoint comes from one with other arguments.
-    """
-    if args.resume == 'auto' and not args.experiment:
-        raise UsageError('--resume auto continues the run in --output/--experiment: name it with --experiment')
-    args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
-    folder = run_folder(args)
-    if not args.resume:
-        if rank == 0 and folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f'{folder} is not empty: continue with --resume auto, or choose another --experiment')
-        return ''
-    checkpoint = folder / 'last.pth.tar' if args.resume == 'auto' else Path(args.resume)
-    if not checkpoint.is_file():
-        if args.resume == 'auto':
-            return ''
-        raise UsageError(f'--resume {checkpoint}: there is no such file')
-    saved = utils.load_checkpoint_metadata(checkpoint)
-    if 'args' not in saved:
-        raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
-    before, now = vars(saved['args']), recorded(args)
-    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
-    if changed:
-        raise UsageError('\n'.join([
-            f'{checkpoint} is from a run with other arguments:',
-            *(f'  {name}: {before.get(name)!r} there, {now[name]!r} here' for name in changed),
-            f'Continue that run with -c {checkpoint.parent / "args.yaml"} --resume auto, '
-            f'or start a new one from its weights with --initial-checkpoint {checkpoint}',
-        ]))
-    return str(checkpoint)
-
-
-def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]:
-    """What the run ran on; names neither the machine nor its users, nor folders besides the data's."""
-    def git(*command: str) -> Optional[str]:
-        try:
-            done = subprocess.run(('git', *command), cwd=Path(__file__).parent, capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git('ls-files', '--error-unmatch', Path(__file__).name)  # not installed into somebody else's checkout
-    cpuinfo = Path('/proc/cpuinfo')
-    cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
-    on_gpu = torch.device(args.device).type == 'cuda'
-    words = [word if word == args.data_dir or not os.path.isabs(word) else Path(word).name for word in argv]
-    return dict(
-        command=' '.join(['convnn-timm train', *words]),
-        started=f'{datetime.now():%Y-%m-%d %H:%M}',
-        commit=git('rev-parse', 'HEAD') if tracked else None,
-        uncommitted_changes=bool(git('status', '--porcelain')) if tracked else None,
-        **{name: version(name) for name in ('convnn_timm', 'timm', 'torch', 'torchvision')},
-        python=platform.python_version(),
-        platform=f'{platform.system()} {platform.machine()}',
-        cpu=cpus[0].split(':')[1].strip() if cpus else platform.processor(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        processes=int(os.environ.get('WORLD_SIZE', 1)),
-        gpu=torch.cuda.get_device_name() if on_gpu else None,
-        cuda=torch.version.cuda if on_gpu else None,
-    )
-
-
-def describe(model: nn.Module, input_size: Tuple[int, int, int]) -> str:
-    """Size and cost of a model in the first line, then its layers."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    gmacs = count_macs(model, input_size) / 1e9
-    return f'{parameters:,} parameters, {gmacs:.4f} GMACs for a {"x".join(map(str, input_size))} image\n\n{model}\n'
-
-
-def draw_curve(rows: List[Dict[str, str]], file: Path) -> None:
-    """Draw loss and accuracy over the epochs of a summary.csv."""
-    from matplotlib.figure import Figure  # needs neither a display nor a global state
-    epochs = [int(row['epoch']) + 1 for row in rows]
-    figure = Figure(figsize=(9, 3.5), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [float(row['train_loss']) for row in rows], '.-', label='training')
-    left.plot(epochs, [float(row['eval_loss']) for row in rows], '.-', label='evaluation')
-    left.set(xlabel='epoch', ylabel='loss')
-    left.legend()
-    right.plot(epochs, [float(row['eval_top1']) for row in rows], '.-', color='C1')
-    right.set(xlabel='epoch', ylabel='top-1 (%)', title=f'last epoch: {float(rows[-1]["eval_top1"]):.2f}')
-    figure.savefig(file, dpi=120)
-
-
-def read_summary(folder: Path) -> List[Dict[str, str]]:
-    """Rows of the run's summary.csv, none if it has none yet."""
-    path = folder / 'summary.csv'
-    return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def print_result(row: Dict[str, float]) -> None:

@@ -73,11 +73,17 @@ def test_wrong_calls(capsys):
     assert '--topk' in error_of(capsys, 'predict', 'a.png', '--model', 'resnet18', '--topk', '0', status=2)
 
 
-def test_train_and_run_hand_their_arguments_over(monkeypatch):
+def test_train_and_run_hand_their_arguments_over(capsys, monkeypatch):
     seen = []
     monkeypatch.setitem(sys.modules, 'convnn_timm.train', types.SimpleNamespace(main=seen.append))
     assert cli.main(['train', '--model', 'resnet18', '--help']) == 0
     assert seen == [['--model', 'resnet18', '--help']]
+
+    def refuse(argv):
+        raise SystemExit('error: no such recipe')
+
+    monkeypatch.setitem(sys.modules, 'convnn_timm.train', types.SimpleNamespace(main=refuse))
+    assert error_of(capsys, 'train') == 'convnn-timm: error: no such recipe\n'
 
     monkeypatch.setattr('convnn_timm.autoload.run_script', lambda *args: seen.append(args), raising=False)
     assert cli.main(['run', 'train.py', '--lr', '0.1', '--help', 'data']) == 0

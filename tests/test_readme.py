@@ -18,8 +18,8 @@ README = (Path(__file__).parent.parent / 'README.md').read_text()
 AUTHORS_FLAGS = """
     model layer K kernel_size padding sampling_type num_samples sample_padding attention_dropout shuffle_pattern
     shuffle_scale magnitude_type similarity_type aggregation_type lambda_param branch_ratio dataset resize augment noise
-    data_path use_compiled compile_mode batch_size num_epochs use_amp clip_grad_norm criterion optimizer momentum weight_decay lr
-    lr_step lr_gamma scheduler device seed output_dir test_only
+    data_path use_compiled compile_mode batch_size num_epochs use_amp clip_grad_norm criterion optimizer momentum
+    weight_decay lr lr_step lr_gamma scheduler device seed output_dir test_only
 """.split()
 
 

@@ -225,11 +225,13 @@ def test_too_few_classes_and_images(flags, tmp_path):
         main([*flags, '--holdout', '120', '--output', str(tmp_path)])
 
 
-def test_a_run_is_never_overwritten(flags, run):
-    before = {path: path.stat().st_mtime_ns for path in run.rglob('*')}
-    with pytest.raises(SystemExit, match='is not empty: continue with --resume auto, or choose another --experiment'):
-        main([*flags, '--output', str(run.parent), '--experiment', run.name])
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob('*')}
+def test_nothing_is_overwritten(flags, run, tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    before = {path: path.stat().st_mtime_ns for folder in (run, tmp_path) for path in folder.rglob('*')}
+    for folder, resume in ((run, ''), (tmp_path, ''), (tmp_path, 'auto'), (tmp_path, str(run / 'last.pth.tar'))):
+        with pytest.raises(SystemExit, match='is not empty: continue .* --resume auto, or choose another --experiment'):
+            main([*flags, '--output', str(folder.parent), '--experiment', folder.name, '--resume', resume])
+    assert before == {path: path.stat().st_mtime_ns for folder in (run, tmp_path) for path in folder.rglob('*')}
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -339,10 +341,10 @@ WORKERS = ['--no-cache', '--workers', '2', '--aa', 'rand-m9', '--mixup', '0.5', 
 
 @pytest.mark.parametrize('moment, call, epochs_done, extra', [
     pytest.param('utils.CheckpointSaver._save', 1, 0, MEMORY, id='first-row', marks=pytest.mark.slow),
-    pytest.param('train.evaluate', 2, 1, MEMORY, id='steps'),
+    pytest.param('train.evaluate', 2, 1, MEMORY, id='steps', marks=pytest.mark.slow),
     pytest.param('utils.CheckpointSaver._save', 2, 1, WORKERS, id='row-of-summary'),
     pytest.param('os.replace', 2, 1, MEMORY, id='checkpoint-not-in-place'),
-    pytest.param('train.save_for_hf', 1, 2, MEMORY, id='end'),
+    pytest.param('train.save_for_hf', 1, 2, MEMORY, id='end', marks=pytest.mark.slow),
 ])
 def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, call, epochs_done, extra):
     """SIGKILL at the given call of a function, when so many epochs were done."""
@@ -417,7 +419,7 @@ def test_two_processes_end_with_equal_weights_and_count_every_image_once(flags, 
     """))
     done = subprocess.run(
         [
-            sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29617', 'both.py',
+            sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'both.py',
             *flags, cache, '--model-ema', '--device', 'cpu', '--epochs', '2', '--output', 'out', '--experiment', 'run',
         ],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})

@@ -71,8 +71,12 @@ def _knn(
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
     with no_autocast(query):
+        buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
         for b, q in batch_chunks(B, Q, M * query.element_size()):
-            s = torch.bmm(query[b, q], candidates[b].mT)
+            shape = (b.stop - b.start, q.stop - q.start, M)
+            buffer = query.new_empty(shape) if buffer is None else buffer
+            s = buffer.view(-1)[:shape[0] * shape[1] * M].view(shape)
+            torch.bmm(query[b, q], candidates[b].mT, out=s)
             if offset is not None:
                 s += offset[b].unsqueeze(1)
             own = None if exclude is None else _mask_excluded(s, exclude[q])

@@ -86,11 +86,15 @@ def _(x, index, weight, bias, score, groups):
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice, torch.Tensor]]:
-    """Chunks of gathered rows (n * q, K, C) with the images and queries that they belong to."""
+    """Chunks of gathered rows (n * q, K, C) with the images and queries that they belong to; the next reuses the memory."""
     (B, T, C), (_, Q, K) = x.shape, index.shape
     x = x.contiguous()
+    buffer = None
     for b, q in batch_chunks(B, Q, K * C * x.element_size()):
-        yield b, q, x[b].reshape(-1, C).index_select(0, _flat(index[b, q], T)).reshape(-1, K, C)
+        rows = _flat(index[b, q], T)
+        buffer = x.new_empty(len(rows), C) if buffer is None else buffer
+        torch.index_select(x[b].view(-1, C), 0, rows, out=buffer[:len(rows)])
+        yield b, q, buffer[:len(rows)].view(-1, K, C)
 
 
 def _flat(index: torch.Tensor, T: int) -> torch.Tensor:

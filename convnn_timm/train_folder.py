@@ -1,0 +1,138 @@
+""" The run folder: what is in it besides the model, and whether a run may go on in it. """
+import argparse
+import csv
+import os
+import platform
+import subprocess
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from timm import utils
+from timm.models import safe_model_name
+
+from .macs import count_macs
+from .train_args import UsageError
+
+__all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder']
+
+# Arguments that may differ between a run and its continuation, and those that do not belong to the run.
+FREE_ON_RESUME = {'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
+NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
+# What a run leaves that is killed before its first checkpoint.
+FIRST_EPOCH = {'args.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
+
+
+class Saver(utils.CheckpointSaver):
+    """timm's, but a checkpoint is replaced in one step; timm deletes the old one first."""
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where the run's files are."""
+    return Path(args.output) / args.experiment
+
+
+def recorded(args: argparse.Namespace) -> Dict[str, Any]:
+    """The arguments that make the run."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+
+
+def open_run(args: argparse.Namespace, rank: int) -> str:
+    """Name the run; returns the checkpoint to continue from, or ''.
+
+    Raises:
+        UsageError: If the folder holds another run, or the checkpoint comes from one with other arguments.
+    """
+    auto = args.resume == 'auto'
+    if auto and not args.experiment:
+        raise UsageError('--resume auto continues the run in --output/--experiment: name it with --experiment')
+    args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    folder = run_folder(args)
+    checkpoint = folder / 'last.pth.tar' if auto else Path(args.resume)
+    found = checkpoint.is_file()
+    if args.resume and not auto and not found:
+        raise UsageError(f'--resume {checkpoint}: there is no such file')
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    own = checkpoint.parent.resolve() == folder.resolve() if found else auto and files <= FIRST_EPOCH
+    if rank == 0 and files and not own:
+        raise UsageError(f'{folder} is not empty: continue its run with --resume auto, or choose another --experiment')
+    if not found:
+        return ''
+    saved = utils.load_checkpoint_metadata(checkpoint)
+    if 'args' not in saved:
+        raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
+    before, now = vars(saved['args']), recorded(args)
+    changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
+    if changed:
+        raise UsageError('\n'.join([
+            f'{checkpoint} is from a run with other arguments:',
+            *(f'  {name}: {before.get(name)!r} there, {now[name]!r} here' for name in changed),
+            f'Continue that run with -c {checkpoint.parent / "args.yaml"} --resume auto, '
+            f'or start a new one from its weights with --initial-checkpoint {checkpoint}',
+        ]))
+    return str(checkpoint)
+
+
+def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]:
+    """What the run ran on; names neither the machine nor its users, nor folders besides the data's."""
+    def git(*command: str) -> Optional[str]:
+        try:
+            done = subprocess.run(('git', *command), cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git('ls-files', '--error-unmatch', Path(__file__).name)  # not installed into somebody else's checkout
+    cpuinfo = Path('/proc/cpuinfo')
+    cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
+    on_gpu = torch.device(args.device).type == 'cuda'
+    words = [word if word == args.data_dir or not os.path.isabs(word) else Path(word).name for word in argv]
+    return dict(
+        command=' '.join(['convnn-timm train', *words]),
+        started=f'{datetime.now():%Y-%m-%d %H:%M}',
+        commit=git('rev-parse', 'HEAD') if tracked else None,
+        uncommitted_changes=bool(git('status', '--porcelain')) if tracked else None,
+        **{name: version(name) for name in ('convnn_timm', 'timm', 'torch', 'torchvision')},
+        python=platform.python_version(),
+        platform=f'{platform.system()} {platform.machine()}',
+        cpu=cpus[0].split(':')[1].strip() if cpus else platform.processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        processes=int(os.environ.get('WORLD_SIZE', 1)),
+        gpu=torch.cuda.get_device_name() if on_gpu else None,
+        cuda=torch.version.cuda if on_gpu else None,
+    )
+
+
+def describe(model: nn.Module, input_size: Tuple[int, int, int]) -> str:
+    """Size and cost of a model in the first line, then its layers."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    gmacs = count_macs(model, input_size) / 1e9
+    return f'{parameters:,} parameters, {gmacs:.4f} GMACs for a {"x".join(map(str, input_size))} image\n\n{model}\n'
+
+
+def draw_curve(rows: List[Dict[str, str]], file: Path) -> None:
+    """Draw loss and accuracy over the epochs of a summary.csv."""
+    from matplotlib.figure import Figure  # needs neither a display nor a global state
+    epochs = [int(row['epoch']) + 1 for row in rows]
+    figure = Figure(figsize=(9, 3.5), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [float(row['train_loss']) for row in rows], '.-', label='training')
+    left.plot(epochs, [float(row['eval_loss']) for row in rows], '.-', label='evaluation')
+    left.set(xlabel='epoch', ylabel='loss')
+    left.legend()
+    right.plot(epochs, [float(row['eval_top1']) for row in rows], '.-', color='C1')
+    right.set(xlabel='epoch', ylabel='top-1 (%)', title=f'last epoch: {float(rows[-1]["eval_top1"]):.2f}')
+    figure.savefig(file, dpi=120)
+
+
+def read_summary(folder: Path) -> List[Dict[str, str]]:
+    """Rows of the run's summary.csv, none if it has none yet."""
+    path = folder / 'summary.csv'
+    return list(csv.DictReader(path.open())) if path.is_file() else []
