@@ -164,6 +164,14 @@ def test_neighbor_conv_refuses(weight, message):
         neighbor_conv(torch.ones(9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
 
 
+def test_a_second_derivative_is_refused():
+    x, index = tokens(2, 6, 4).requires_grad_(), torch.randint(6, (2, 5, 3))
+    for y in knn(x, x, 3)[1], neighbor_conv(x, index, tokens(6, 4, 3).requires_grad_()):
+        grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='ConvNN layers have a first derivative only'):
+            grad.sum().backward()
+
+
 def test_ops_pass_pytorchs_own_checks():
     """Schema, fake kernels, autograd registration and tracing, by torch.library.opcheck."""
     x, index = tokens(2, 6, 4).requires_grad_(), torch.randint(6, (2, 5, 3))

@@ -1,8 +1,9 @@
-"""How the ops cut a batch so that temporary tensors stay within a budget, and which dtype they compute in."""
+"""What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, one derivative only."""
 from contextlib import AbstractContextManager, nullcontext
 from typing import Iterator, Tuple
 
 import torch
+import torch.library
 
 # Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache.
 CHUNK_BYTES = 8 * 2 ** 20
@@ -25,3 +26,14 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Compute in the dtypes of the tensors themselves. (The meta device knows no autocast.)"""
     return nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)
+
+
+def once_differentiable(backward_op: torch.library.CustomOpDef) -> None:
+    """Make a second derivative through an op's backward a clear error."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            'ConvNN layers have a first derivative only: torch.autograd.grad(..., create_graph=True) cannot go through '
+            'them. convnn_timm.ops.reference has definitions of the ops that can be differentiated twice.')
+
+    backward_op.register_autograd(refuse)

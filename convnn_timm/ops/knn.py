@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, no_autocast, widen
+from .chunks import batch_chunks, no_autocast, once_differentiable, widen
 from .reference import inverse_norm
 
 __all__ = ['knn', 'grid_neighbors']
@@ -189,6 +189,9 @@ def _knn_backward(
 @_knn_backward.register_fake
 def _(grad, query, candidates, index):
     return torch.empty_like(query), torch.empty_like(candidates), query.new_empty(candidates.shape[:2])
+
+
+once_differentiable(_knn_backward)
 
 
 @register_flop_formula(torch.ops.convnn_timm.knn)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .chunks import batch_chunks, no_autocast, widen
+from .chunks import batch_chunks, no_autocast, once_differentiable, widen
 
 __all__ = ['neighbor_conv']
 
@@ -181,6 +181,9 @@ def _neighbor_conv_backward(
 @_neighbor_conv_backward.register_fake
 def _(grad, x, index, weight, score, groups):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(index.shape if score is not None else (0,))
+
+
+once_differentiable(_neighbor_conv_backward)
 
 
 @register_flop_formula(torch.ops.convnn_timm.neighbor_conv)
