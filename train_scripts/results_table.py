@@ -17,7 +17,8 @@ holds the arguments, environment, summary and curve that its command left (`envi
 
 CIFAR-10 here is a JPEG re-encoding (quality 75) of the original images, as `train/<class>/*.jpg` and `validation/<class>/*.jpg`: its
 accuracies are not those of the original data. One epoch tests the machinery, it ranks nothing: repetitions of a whole training
-differ by half a point and first epochs by much more.
+differ by half a point and first epochs by much more. *Authors' top-1* is that of the same epoch in their logs (on the original images),
+then of their code run once on the JPEG images.
 
 """
 # The authors' recorded top-1 after as many epochs, on the original images, and that of their code on the JPEG images.
