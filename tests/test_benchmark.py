@@ -1,0 +1,151 @@
+"""The benchmark: its peer computes what the layer computes, memory is counted, wrong neighbours stop it."""
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from convnn_timm.layers import ConvNN2d
+
+SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'benchmark.py'
+CPU = torch.device('cpu')
+MIB = 2 ** 20
+
+
+@pytest.fixture(scope='module')
+def benchmark():
+    spec = importlib.util.spec_from_file_location('benchmark', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('padding', [0, 1])
+def test_the_original_computes_what_the_layer_computes(benchmark, padding):
+    torch.manual_seed(0)
+    original = benchmark.OriginalConvNN2d(3, 5, K=4, padding=padding).double()
+    layer = ConvNN2d(3, 5, K=4, padding=padding).double()
+    layer.load_state_dict({'weight': original.conv.weight.unsqueeze(-1), 'bias': original.conv.bias})
+    x = torch.rand(2, 3, 5, 6, dtype=torch.double, requires_grad=True)
+    y, z = original(x), layer(x)
+    torch.testing.assert_close(y, z)
+    grad = torch.randn_like(y)
+    theirs = torch.autograd.grad(y, [x, *original.parameters()], grad)
+    ours = torch.autograd.grad(z, [x, *layer.parameters()], grad)
+    for a, b in zip(theirs, ours):
+        torch.testing.assert_close(a.flatten(), b.flatten())
+    assert torch.equal(original.neighbors(x), layer.neighbors(x))
+
+
+def test_wrong_neighbours_stop_the_benchmark(benchmark):
+    torch.manual_seed(0)
+    original, layer, x = benchmark.OriginalConvNN2d(8, 8), ConvNN2d(8, 8), torch.rand(2, 8, 6, 6)
+    assert benchmark.compare_neighbors(original, layer, x)['equal positions'] == '100.000%'
+    index = layer.neighbors(x)
+    index[1, 7, 3] = index[1, 7, 8]
+    layer.neighbors = lambda x: index
+    with pytest.raises(RuntimeError, match=r'other neighbours than the original.*98.61% of the positions agree'):
+        benchmark.compare_neighbors(original, layer, x)
+
+
+def test_neighbours_may_differ_by_rounding(benchmark):
+    torch.manual_seed(0)
+    original, layer, x = benchmark.OriginalConvNN2d(8, 8), ConvNN2d(8, 8), torch.rand(1, 8, 6, 6)
+    x[..., 0, 1] = x[..., 0, 0] * 1.5  # equally similar to every other token
+    index = layer.neighbors(x)
+    a, b = 9, 10  # these two tokens in the padded map
+    swapped = torch.where(index == a, b, torch.where(index == b, a, index))
+    swapped[0, :2] = index[0, :2]
+    assert not torch.equal(swapped, index)
+    layer.neighbors = lambda x: swapped
+    row = benchmark.compare_neighbors(original, layer, x)
+    assert row['equal positions'] != '100.000%' and row['similarity differs by'] < 1e-6
+
+
+def test_contenders_take_turns(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, 'SAMPLE_SECONDS', 0)
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in 'abc'}
+    times = benchmark.interleaved(steps, 4, CPU)
+    assert ''.join(order) == 'abc' * 6  # warm-up, sizing, 4 repetitions
+    assert {name: len(values) for name, values in times.items()} == {'a': 4, 'b': 4, 'c': 4}
+
+
+def test_peak_memory_counts_what_lives_at_one_time(benchmark):
+    kept = torch.ones(MIB // 4)
+
+    def step():
+        one = kept + 1
+        two = one * 2
+        del one
+        return two + 1  # two live here, three were made
+
+    assert benchmark.peak_memory(step, CPU) == pytest.approx(2 * MIB, rel=1e-3)
+
+
+def test_peak_memory_of_a_backward_pass(benchmark):
+    x = torch.ones(MIB // 4, requires_grad=True)
+    step = benchmark.layer_step(torch.nn.ReLU(), x, True, lambda: torch.autocast('cpu', enabled=False))
+    assert benchmark.peak_memory(step, CPU) == pytest.approx(3 * MIB, rel=1e-3)  # output, its gradient, the input's
+    assert x.grad is None
+
+
+def test_a_model_step_leaves_the_weights(benchmark):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    before = model[1].weight.clone()
+    step = benchmark.model_step(
+        model, torch.randn(4, 3, 2, 2), torch.arange(4), lambda: torch.autocast('cpu', enabled=False))
+    step()
+    assert torch.equal(model[1].weight, before) and model[1].weight.grad is None
+
+
+@pytest.mark.parametrize('start, end, busy', [(0.3, 2.1, False), (1.5, 2.0, True), (0.1, 3.9, True)])
+def test_a_busy_machine_is_reported(benchmark, start, end, busy):
+    warning = benchmark.load_warning(start, end, cores=2, threads=2)
+    assert ('Do not trust the timings' in warning) == busy and bool(warning) == busy
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--repetitions', '1'], '--repetitions must be at least 2'),
+    pytest.param(['--device', 'cuda'], 'torch finds no GPU', marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason='there is a GPU')),
+])
+def test_wrong_flags(benchmark, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        benchmark.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_a_run(benchmark, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'RESULTS', tmp_path / 'benchmarks')
+    monkeypatch.setattr(benchmark, 'LAYERS', [(4, 4, 4)] * 6)
+    monkeypatch.setattr(benchmark, 'SAMPLE_SECONDS', 0)
+    benchmark.main(['--quick', '--large', '--dtype', 'bfloat16', '--channels-last', '--output', 'here'])
+    printed = capsys.readouterr().out
+    assert (tmp_path / 'benchmarks' / 'here.md').read_text() + '\n' == printed
+    for fact in ('commit', 'uncommitted_changes', 'cpu', 'cores', 'threads', 'torch', 'load'):
+        assert f'- {fact}: ' in printed
+    assert '- command: python train_scripts/benchmark.py --quick --large --dtype bfloat16' in printed
+    with (tmp_path / 'benchmarks' / 'here.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    tables = {row['table'] for row in rows}
+    assert tables == {
+        'Neighbours', 'Layers, forward', 'Layers, forward and backward', 'Training steps',
+        'Large map, forward and backward'}
+    layers = [row for row in rows if row['table'] == 'Layers, forward and backward']
+    contenders = [row['contender'] for row in layers]
+    assert contenders[:3] == ['original', 'conv2d', 'attention']
+    ours = [name for name in contenders if name.startswith('convnn')]
+    assert {name.split(', ')[0] for name in ours} == {'convnn all', 'convnn random 64', 'convnn spatial 8'}
+    by_name = {row['contender']: row for row in layers[:contenders.index('original', 1)]}
+    for row in by_name.values():
+        for unit, column in (('ms', 'ms/image'), ('MiB', 'MiB')):
+            for peer in ('original', 'conv2d'):
+                ratio = float(row[column]) / float(by_name[peer][column])
+                assert float(row[f'{unit} / {peer}']) == pytest.approx(ratio)
+    steps = [row['contender'] for row in rows if row['table'] == 'Training steps']
+    assert steps == ['conv2d', 'hybrid, torch', 'hybrid random 64, torch']
+    large = rows[-1]
+    assert float(large['peak resident MiB']) >= float(large['resident MiB before']) > 0 and float(large['seconds']) > 0
