@@ -5,6 +5,6 @@
 from . import reference
 from .knn import grid_neighbors, knn
 from .neighbor_conv import neighbor_conv
-from .paths import available_paths
+from .paths import available_paths, use_path
 
-__all__ = ['available_paths', 'grid_neighbors', 'knn', 'neighbor_conv', 'reference']
+__all__ = ['available_paths', 'grid_neighbors', 'knn', 'neighbor_conv', 'reference', 'use_path']

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .chunks import batch_chunks, no_autocast, once_differentiable, widen
+from .paths import choose
 from .reference import inverse_norm
 
 __all__ = ['knn', 'grid_neighbors']
@@ -66,6 +67,9 @@ def _knn(
         k: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k)."""
+    if choose('knn', query, candidates, k) == 'triton':
+        from .triton.knn import knn as triton_knn
+        return triton_knn(query, candidates, offset, exclude, k)
     B, Q, _ = query.shape
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)

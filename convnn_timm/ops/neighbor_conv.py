@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .chunks import batch_chunks, no_autocast, once_differentiable, widen
+from .paths import choose
 
 __all__ = ['neighbor_conv']
 
@@ -67,6 +68,9 @@ def _neighbor_conv(
         score: Optional[torch.Tensor],
         groups: int,
 ) -> torch.Tensor:
+    if choose('neighbor_conv', x, weight, groups) == 'triton':
+        from .triton.neighbor_conv import neighbor_conv as triton_neighbor_conv
+        return triton_neighbor_conv(x, index, weight, bias, score, groups)
     B, Q, K = index.shape
     O = weight.shape[0]
     y = x.new_empty((B, Q, O))
@@ -149,6 +153,9 @@ def _neighbor_conv_backward(
         groups: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to x, weight and score (empty without a score); sums over neighbours and tokens are taken in float32."""
+    if choose('neighbor_conv', x, weight, groups) == 'triton':
+        from .triton.neighbor_conv import neighbor_conv_backward
+        return neighbor_conv_backward(grad, x, index, weight, score, groups)
     (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
     matrix = _rank_major(weight, groups)
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)

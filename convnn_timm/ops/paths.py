@@ -1,20 +1,138 @@
-"""Which implementation of each op this machine can run, and why."""
-from typing import List, NamedTuple
+"""Which implementation of each op runs: 'torch' (the default) or 'triton', and in words why it could not.
 
-__all__ = ['OpPath', 'available_paths']
+`use_path('triton')` or the environment variable CONVNN_TIMM_OPS=triton forces a path. The default stays 'torch'
+everywhere until the Triton kernels have been timed on a GPU.
+"""
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import List, NamedTuple, Optional
+
+import torch
+
+__all__ = [
+    'OpPath', 'available_paths', 'can_run_triton_knn', 'can_run_triton_neighbor_conv', 'choose', 'interpreting',
+    'use_path',
+]
+
+PATHS = ('torch', 'triton')
+MAX_TRITON_K = 64  # neighbours that one program keeps on chip
+
+# One choice for the process: backward runs in other threads and must see it.
+_wanted: Optional[str] = os.environ.get('CONVNN_TIMM_OPS') or None
 
 
 class OpPath(NamedTuple):
-    """One implementation of an op: whether it is used here, and the reason in words."""
+    """One implementation of an op: whether it can run here, and the reason in words."""
     op: str
     path: str
     usable: bool
     reason: str
 
 
+class use_path:
+    """Choose the implementation of the ops: `use_path('triton')` from here on, `with use_path('triton'):` for a block.
+
+    Args:
+        name: 'torch', 'triton', or None for the default choice.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: This machine cannot run that path. (Whether it can with certain tensors shows in an op's call.)
+    """
+
+    def __init__(self, name: Optional[str]) -> None:
+        global _wanted
+        _check_name(name)
+        reason = _no_triton() if name == 'triton' else None
+        if reason:
+            raise RuntimeError(f"the path 'triton' cannot run here: {reason}")
+        self.previous, _wanted = _wanted, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        global _wanted
+        _wanted = self.previous
+
+
+def choose(op: str, *args) -> str:
+    """The path for one call of 'knn' or 'neighbor_conv'; args are those of its predicate.
+
+    Raises:
+        RuntimeError: The path that was asked for cannot run with these tensors.
+    """
+    _check_name(_wanted)
+    if _wanted != 'triton':
+        return 'torch'
+    reason = {'knn': can_run_triton_knn, 'neighbor_conv': can_run_triton_neighbor_conv}[op](*args)
+    if reason:
+        raise RuntimeError(f"{op}: the path 'triton' was asked for but cannot run: {reason}. "
+                           f"convnn_timm.ops.use_path(None) returns to the default path")
+    return 'triton'
+
+
+def can_run_triton_knn(query: torch.Tensor, candidates: torch.Tensor, k: int) -> Optional[str]:
+    """None if the Triton kernel can select k of candidates (B, M, C) for query (B, Q, C), else the reason."""
+    if query.dtype != torch.float32 or candidates.dtype != torch.float32:
+        return f'tokens are {_name(query.dtype)}, it ranks in float32'
+    if k > MAX_TRITON_K:
+        return f'K = {k} > {MAX_TRITON_K}'
+    return _no_triton(query.device)
+
+
+def can_run_triton_neighbor_conv(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Optional[str]:
+    """None if the Triton kernels can convolve x (B, T, C) with weight (O, C / groups, K), else the reason."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'tokens are {_name(x.dtype)}, it takes float32, float16 and bfloat16'
+    if weight.dtype != x.dtype:
+        return f'tokens are {_name(x.dtype)} but the weight is {_name(weight.dtype)}'
+    if groups != 1 and not groups == x.shape[2] == weight.shape[0]:
+        return f'groups = {groups}, it takes 1 or depthwise (groups = input channels = output channels)'
+    return _no_triton(x.device)
+
+
 def available_paths() -> List[OpPath]:
-    """The paths of `knn` and `neighbor_conv`, in the order in which they are tried."""
+    """The paths of `knn` and `neighbor_conv` on this machine, the default one first."""
+    missing = _no_triton()
+    triton = missing or 'not timed on a GPU yet, so off unless CONVNN_TIMM_OPS=triton'
     paths = []
     for op in ('knn', 'neighbor_conv'):
-        paths.append(OpPath(op, 'torch', True, 'plain PyTorch, any device, memory bounded by chunks'))
+        paths.append(OpPath(op, 'torch', True, 'plain PyTorch, any device, memory bounded by chunks; the default'))
+        paths.append(OpPath(op, 'triton', missing is None, triton))
     return paths
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU; TRITON_INTERPRET=1 must be set when Python starts."""
+    return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'yes', 'on', 'y')
+
+
+def _no_triton(device: Optional[torch.device] = None) -> Optional[str]:
+    """Why Triton cannot run on a device (None: on any of this machine), or None if it can."""
+    if not _triton_installed():
+        return 'triton is not installed'
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return 'no CUDA device'
+    if device is not None and device.type != 'cuda':
+        return f'the tensors are on {device.type}, not on a CUDA device'
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return 'the GPU is older than compute capability 8.0'
+    return None
+
+
+@lru_cache(maxsize=None)
+def _triton_installed() -> bool:
+    return find_spec('triton') is not None
+
+
+def _check_name(name: Optional[str]) -> None:
+    if name is not None and name not in PATHS:
+        raise ValueError(f'unknown path {name!r} (use_path or CONVNN_TIMM_OPS), valid are {", ".join(PATHS)}')
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
