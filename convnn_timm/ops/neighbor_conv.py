@@ -159,7 +159,7 @@ def _neighbor_conv_backward(
     (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
     matrix = _rank_major(weight, groups)
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
-    grad_matrix = torch.zeros_like(widen(matrix))
+    grad_matrix = None  # (groups, O / groups, K * C / groups)
     grad_score = x.new_empty(index.shape if score is not None else (0,))
     depthwise = groups == C == O
     with no_autocast(x):
@@ -169,25 +169,33 @@ def _neighbor_conv_backward(
             scaled = rows if s is None else rows * s
             if groups == 1:
                 grad_rows = (g @ matrix[0].T).reshape_as(rows)
-                grad_matrix[0] += scaled.flatten(1).T @ g
+                part = (g.T @ scaled.flatten(1)).unsqueeze(0)
             elif depthwise:
                 grad_rows = g.unsqueeze(1) * matrix[..., 0].T
-                grad_matrix[..., 0] += (scaled * g.unsqueeze(1)).sum(0).T
+                part = (scaled * g.unsqueeze(1)).sum(0).T.unsqueeze(1)
             else:
                 g = g.unflatten(1, (groups, -1)).transpose(0, 1)
                 grad_rows = torch.bmm(g, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
-                grad_matrix += torch.bmm(_split_groups(scaled, groups).mT, g)
+                part = torch.bmm(g.mT, _split_groups(scaled, groups))
+            grad_matrix = widen(part) if grad_matrix is None else grad_matrix.add_(part)
             if s is not None:
                 grad_score[b, q] = (grad_rows * rows).sum(-1).reshape(index[b, q].shape)
                 grad_rows = grad_rows * s
             grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
-    grad_weight = grad_matrix.unflatten(1, (K, -1)).permute(0, 3, 2, 1).flatten(0, 1)
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype).contiguous(), grad_score
+    if grad_matrix is None:
+        grad_matrix = matrix.new_zeros(groups, O // groups, K * C // groups)
+    return grad_x.to(x.dtype), _weight_layout(grad_matrix.to(weight.dtype), K), grad_score
+
+
+def _weight_layout(matrix: torch.Tensor, K: int) -> torch.Tensor:
+    """(groups, O / groups, K * C / groups) -> (O, C / groups, K), in memory rank by rank like a channels_last weight."""
+    return matrix.contiguous().unflatten(2, (K, -1)).transpose(2, 3).flatten(0, 1)
 
 
 @_neighbor_conv_backward.register_fake
 def _(grad, x, index, weight, score, groups):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(index.shape if score is not None else (0,))
+    (O, C, K), shape = weight.shape, index.shape if score is not None else (0,)
+    return x.new_empty(x.shape), _weight_layout(weight.new_empty(groups, O // groups, K * C), K), x.new_empty(shape)
 
 
 once_differentiable(_neighbor_conv_backward)
