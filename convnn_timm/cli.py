@@ -7,8 +7,9 @@ import argparse
 import difflib
 import os
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional
+from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,6 +110,70 @@ def build_parser() -> Parser:
     sub.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show for each image (%(default)s)')
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
+    sub = add(
+        'export', export, 'make the folder of a published weight, with its model card, from a run folder',
+        'export output/my-run --tag cifar10\n'
+        'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
+    sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
+    sub.add_argument('--tag', required=True, help='what it was trained on; the weight is called <architecture>.TAG')
+    sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
+    sub.add_argument('--twin', type=Path, metavar='RUN', help='run of the convolution that the card compares it with')
+    sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
+    sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
+    sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
+    sub.add_argument('--force', action='store_true', help='replace a folder that is there')
+
+    sub = add(
+        'push', push, 'bring published weights to the Hugging Face Hub, and check what arrived',
+        'push model_cards/resnet18_convnn_branching.cifar10\n'
+        'push --all --namespace me --private\n'
+        'push model_cards/resnet18_convnn_branching.cifar10 --revision v1')
+    sub.add_argument('folder', nargs='?', type=Path, metavar='DIR', help='folder that `export` made')
+    sub.add_argument('--all', action='store_true', help='all folders in model_cards')
+    sub.add_argument('--namespace', metavar='NAME', help='user or organization (default: that of the project)')
+    sub.add_argument('--private', action='store_true', help='private, if the repository does not exist yet')
+    sub.add_argument('--revision', metavar='BRANCH', help='branch, made if it is not there (main)')
+
+    sub = add(
+        'verify', verify, 'check weights: their hash, the names of the tensors, and logits that they must give',
+        'verify resnet18_convnn_branching.cifar10\nverify model_cards/*/\nverify someone/resnet18_convnn.cifar10@v1')
+    sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, folder, or repository on the Hub')
+
+    sub = add(
+        'pull', pull, 'download weights, or replace damaged ones, so that they load without network',
+        'pull resnet18_convnn_branching.cifar10\npull someone/resnet18_convnn.cifar10@v1')
+    sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, or repository on the Hub')
+
+    sub = add(
+        'neighbors', neighbors, 'draw which neighbours the layers of a network choose, on an image',
+        'neighbors cat.jpg --model local-dir:output/my-run/model --point 200,150 -o neighbors.png\n'
+        'neighbors cat.jpg --model resnet18_convnn_branching --layer layer2.0.conv1 --point 200,150 40,80 -o two.png\n'
+        'neighbors cat.jpg --model resnet18_convnn_branching --all-layers -o sheet.png')
+    sub.add_argument('image', type=Path, metavar='IMAGE', help='image file')
+    sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument('--layer', metavar='LAYER', help='name of the layer (default: the first with neighbours)')
+    which.add_argument('--all-layers', action='store_true', help='a sheet of all layers')
+    sub.add_argument(
+        '--point', nargs='+', action='extend', type=point, metavar='X,Y',
+        help='pixels of the image whose neighbours to draw, from its upper left corner (default: the centre)')
+    sub.add_argument('-o', '--output', required=True, type=Path, metavar='OUT.png', help='picture to make')
+    sub.add_argument('--force', action='store_true', help='replace a picture that is there')
+    sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
+
+    sub = add(
+        'stats', stats, 'measure where the layers of a network look, between convolution and attention',
+        'stats data/validation --model local-dir:output/my-run/model\n'
+        'stats photos/ --model resnet18_convnn_branching -o untrained --limit 64')
+    sub.add_argument('images', type=Path, metavar='IMAGE_FOLDER', help='folder to search for images')
+    sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
+    sub.add_argument(
+        '-o', '--output', type=Path, default='neighbor-stats', metavar='DIR',
+        help='folder for stats.csv and stats.png (%(default)s)')
+    sub.add_argument('--limit', type=int, default=256, metavar='N', help='take N of the images, evenly (%(default)s)')
+    sub.add_argument('--force', action='store_true', help='replace files that are there')
+    sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
+
     # Listed for the help only: `train` has a parser of its own.
     commands.add_parser('train', add_help=False, help="train a model, with arguments and recipes as of timm's train.py")
 
@@ -180,6 +245,59 @@ def info(args: argparse.Namespace) -> None:
         print(f'{op:<16} {path:<12} {"yes" if usable else "no":<7} {reason}')
 
 
+@contextmanager
+def errors_of_weights() -> Iterator[None]:
+    from convnn_timm.models._weights import WeightsError
+    try:
+        yield
+    except WeightsError as error:
+        raise CommandError(str(error)) from error
+
+
+@errors_of_weights()
+def export(args: argparse.Namespace) -> None:
+    from convnn_timm import hub
+    folder = hub.export(
+        args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
+        args.force)
+    print(f'{folder}: read README.md, then publish it with: convnn-timm push {folder}')
+
+
+@errors_of_weights()
+def push(args: argparse.Namespace) -> None:
+    from convnn_timm import hub
+    if bool(args.folder) == args.all:
+        raise CommandError('which weights? A folder, or --all', code=2)
+    folders = sorted(path.parent for path in Path('model_cards').glob('*/config.json')) if args.all else [args.folder]
+    if not folders:
+        raise CommandError('there is no model_cards folder with weights here')
+    for folder in folders:
+        repo, commit, new = hub.push(folder, args.namespace, args.private, args.revision)
+        print(f'{repo}: {"pushed" if new else "was there already"}, verified, commit {commit}', flush=True)
+
+
+@errors_of_weights()
+def verify(args: argparse.Namespace) -> int:
+    from convnn_timm import hub
+    status = 0
+    for weight in args.weights:
+        folder, entry, problems = hub.verify(weight)
+        for problem in problems:
+            report(problem)
+            status = 1
+        if not problems:
+            checked = 'hash, tensors and logits' if entry else 'no hash is known, tensors and logits'
+            print(f'{weight}: {checked} are right ({folder})', flush=True)
+    return status
+
+
+@errors_of_weights()
+def pull(args: argparse.Namespace) -> None:
+    from convnn_timm import hub
+    for weight in args.weights:
+        print(f'{weight}: {hub.pull(weight)}', flush=True)
+
+
 def run(args: argparse.Namespace) -> None:
     from convnn_timm.autoload import run_script
     run_script(args.script, args.args)
@@ -214,6 +332,118 @@ def predict(args: argparse.Namespace) -> int:
     return status
 
 
+def neighbors(args: argparse.Namespace) -> None:
+    from convnn_timm.visualize import capture_neighbors, draw_neighbors, neighbor_layers, see
+
+    if not args.output.suffix:  # matplotlib would add one
+        raise CommandError(f'{args.output} does not say which kind of picture: try {args.output}.png', code=2)
+    check_outputs([args.output], args.force)
+    photo, device = read_image(args.image), find_device(args.device)
+    points = args.point or [(photo.width // 2, photo.height // 2)]
+    with wrong_values():
+        model, transform, mode = load_neighbor_model(args.model, device)
+        layers = None if args.all_layers else [args.layer or next(iter(neighbor_layers(model)))]
+        view = see(photo.convert(mode), transform)
+        captured = capture_neighbors(model, view.pixels.unsqueeze(0), layers)
+        figure = draw_neighbors(view, captured, points)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=110)
+    print(args.output)
+
+
+def stats(args: argparse.Namespace) -> int:
+    import torch
+    from convnn_timm.visualize import draw_stats, neighbor_stats, write_csv
+
+    if args.limit < 1:
+        raise CommandError(f'--limit must be 1 or more, got {args.limit}', code=2)
+    table, plot = args.output / 'stats.csv', args.output / 'stats.png'
+    check_outputs([table, plot], args.force)
+    paths = list(find_images([str(args.images)]))
+    paths = [paths[i * len(paths) // args.limit] for i in range(args.limit)] if args.limit < len(paths) else paths
+    pixels, status, device = [], 0, find_device(args.device)
+    with wrong_values():
+        model, transform, mode = load_neighbor_model(args.model, device)
+    for path in paths:
+        try:
+            pixels.append(transform(read_image(path, mode)))
+        except CommandError as error:
+            report(str(error))
+            status = error.code
+    if not pixels:
+        return status
+    with wrong_values():
+        lines = neighbor_stats(model, torch.stack(pixels).split(16))
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_csv(lines, table)
+        draw_stats(lines).savefig(plot, dpi=110)
+
+    print(
+        f'{"layer":<24} {"map":>9}  {"distance":>8} {"window":>7} {"any":>7}  {"inside":>7}  {"padding":>7}  '
+        f'{"largest hub":>11}')
+    for line in lines:
+        print(
+            f'{line.layer:<24} {line.width:>4}x{line.height:<4}  {line.distance:8.2f} {line.window_distance:7.2f} '
+            f'{line.uniform_distance:7.2f}  {line.inside:7.1%}  {line.padding:7.1%}  {line.hub_share:11.1%}')
+    print(f'{len(pixels)} images: {table}, {plot}')
+    return status
+
+
+@contextmanager
+def wrong_values() -> Iterator[None]:
+    """What the library refuses, or cannot write, is for the user to correct."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(one_line(error)) from error
+    except OSError as error:
+        raise CommandError(f'cannot write {error.filename}: {error.strerror}') from error
+
+
+def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module', Callable, str]:
+    """Load a model whose layers choose neighbours, with random weights if it has none.
+
+    Returns:
+        The model, in evaluation on the device, its transform of images, and the mode of the images.
+    """
+    import timm
+    import torch
+    from timm.data import create_transform, resolve_data_config
+    from convnn_timm.visualize import neighbor_layers
+
+    weights = True
+    if timm.is_model(name):
+        with suppress(RuntimeError):  # an unknown tag, of which load_model will tell
+            neighbor_layers(timm.create_model(name, device='meta'))  # before anything is downloaded
+            config = timm.get_pretrained_cfg(name)
+            weights = config is not None and config.has_weights
+    if weights:
+        model = load_model(name)
+    else:
+        print(f'convnn-timm: note: {name} has no published weights, its weights here are random', file=sys.stderr)
+        torch.manual_seed(0)
+        model = timm.create_model(name)
+    neighbor_layers(model)
+    config = resolve_data_config({}, model=model)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    return model.eval().to(device), create_transform(**config, is_training=False), mode
+
+
+def check_outputs(paths: List[Path], force: bool) -> None:
+    """Refuse to replace files without being told to, before any work is done."""
+    for path in paths:
+        if path.exists() and not force:
+            raise CommandError(f'{path} exists; --force replaces it')
+
+
+def point(text: str) -> Tuple[int, int]:
+    try:
+        x, y = map(int, text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no point: give x and y in pixels, such as 200,150') from None
+    return x, y
+
+
 def find_device(name: Optional[str]) -> 'torch.device':
     import torch
 
@@ -235,10 +465,10 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
         CommandError: If there is no such model, or no weights that fit.
     """
     import timm
-    import convnn_timm.models  # noqa: F401, registers the models
+    from convnn_timm.models._weights import HUB_FAILURES, WeightsError, explain, split_revision
 
     try:
-        source, _ = timm.models.parse_model_name(name)
+        source, model_id = timm.models.parse_model_name(name)
     except ValueError as error:
         raise CommandError(str(error), code=2) from error
     if source is None and not timm.is_model(name):
@@ -262,6 +492,10 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
             raise CommandError(
                 f'{checkpoint} does not fit {name}: {one_line(error)} If the model was trained with other arguments, '
                 'use the model/ folder of its run: --model local-dir:RUN/model') from error
+        if isinstance(error, WeightsError):
+            raise CommandError(str(error)) from error
+        if source == 'hf-hub' and isinstance(error, HUB_FAILURES):
+            raise CommandError(explain(error, *split_revision(model_id))) from error
         raise CommandError(f'cannot load {name}: {one_line(error)}') from error
 
 

@@ -14,6 +14,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from convnn_timm.layers import LAYER_TYPES, create_layer
 from ._common import (
     add_input_noise, check_complete, cifar_cfg, entrypoint, init_convnn_weights, split_layer_args)
+from ._weights import find_weights, published_cfg, tagged_names
 
 __all__ = ['ConvNNResNet', 'ConvNNBasicBlock']
 
@@ -102,11 +103,12 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 _DEPTHS = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3)}
 _VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in _DEPTHS for layer in LAYER_TYPES}
 
-default_cfgs = generate_default_cfgs({f'{variant}.cifar10': _cfg() for variant in _VARIANTS})
+default_cfgs = generate_default_cfgs({name: _cfg(**published_cfg(name)) for name in tagged_names(_VARIANTS)})
 
 
 def _create_convnn_resnet(variant: str, pretrained: bool = False, **kwargs) -> ConvNNResNet:
     depth, layer = _VARIANTS[variant]
+    kwargs = find_weights(variant, kwargs) if pretrained else kwargs
     layer_args, kwargs = split_layer_args(kwargs)
     return build_model_with_cfg(
         ConvNNResNet,

@@ -13,6 +13,7 @@ from timm.models.vgg import VGG, cfgs
 from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
 from ._common import (
     add_input_noise, check_complete, cifar_cfg, entrypoint, init_convnn_weights, split_layer_args)
+from ._weights import find_weights, published_cfg, tagged_names
 
 __all__ = ['ConvNNVGG']
 
@@ -114,11 +115,13 @@ def _cfg(layer: str, **kwargs) -> Dict[str, Any]:
 
 _VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in cfgs for layer in LAYER_TYPES}
 
-default_cfgs = generate_default_cfgs({f'{variant}.cifar10': _cfg(layer) for variant, (_, layer) in _VARIANTS.items()})
+default_cfgs = generate_default_cfgs({
+    name: _cfg(_VARIANTS[name.split('.')[0]][1], **published_cfg(name)) for name in tagged_names(_VARIANTS)})
 
 
 def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
     depth, layer = _VARIANTS[variant]
+    kwargs = find_weights(variant, kwargs) if pretrained else kwargs
     layer_args, kwargs = split_layer_args(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
     return build_model_with_cfg(

@@ -1,0 +1,352 @@
+"""The model card of a published weight, made from the files beside it: no figure in it is typed by hand.
+
+The figures come from training/ (what the run and its twin recorded, and evaluation.json), sizes and costs from the
+model that config.json describes.
+"""
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from .macs import count_macs
+from .models._weights import namespace
+from .train_folder import NOT_RECORDED, read_summary
+
+__all__ = ['build_model', 'read_config', 'write_card']
+
+# Data sets by the tag that names them: identifier on the Hub, and name.
+DATASETS = {
+    'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'),
+    'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'),
+    'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k'),
+}
+# Models by the layer in their name.
+KINDS = {
+    'conv2d': 'with convolutions, the baseline of the ConvNN models',
+    'conv2d_new': 'with convolutions that can see coordinates',
+    'convnn': 'whose layers convolve over the most similar positions of the map (ConvNN)',
+    'convnn_attn': 'whose layers attend to the most similar positions of the map (ConvNN attention)',
+    'convnn_branching': 'whose layers join a convolution with one over the most similar positions of the map (ConvNN)',
+    'convnn_branching_attn': 'whose layers join a convolution with attention to the most similar positions (ConvNN)',
+}
+# Arguments that change where a run reads, writes and computes, not what.
+PLACES = {
+    'cache', 'checkpoint_hist', 'data_dir', 'dataset_download', 'device', 'experiment', 'log_interval', 'output',
+    'workers', *NOT_RECORDED}
+SHOWN = (
+    'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', 'warmup_epochs', 'smoothing',
+    'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
+CITATION = r"""@article{kang2025attention,
+  title   = {Attention Via Convolutional Nearest Neighbors},
+  author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},
+  journal = {arXiv preprint arXiv:2511.14137},
+  year    = {2025}
+}"""
+
+
+def read_config(folder: Path) -> Dict[str, Any]:
+    """The folder's config.json."""
+    return json.loads((folder / 'config.json').read_text())
+
+
+def build_model(config: Dict[str, Any], device: str = 'cpu') -> nn.Module:
+    """The model that a config.json describes, with its weights as drawn."""
+    return timm.create_model(config['architecture'], device=device, **config.get('model_args', {}))
+
+
+class Record:
+    """What a run recorded: its arguments, the rows of its summary, its environments, those of resumed parts last."""
+
+    def __init__(self, folder: Path):
+        files = [folder / 'environment.json', *sorted(folder.glob('environment-*.json'))]
+        self.args = yaml.safe_load((folder / 'args.yaml').read_text())
+        self.summary = read_summary(folder)
+        self.environments = [json.loads(file.read_text()) for file in files]
+
+    def last(self, column: str) -> float:
+        return float(self.summary[-1][column])
+
+    @property
+    def epochs(self) -> int:
+        return int(self.last('epoch')) + 1
+
+    @property
+    def speed(self) -> float:
+        """Images a second in training, mean over the epochs."""
+        return sum(float(row['train_images_per_s']) for row in self.summary) / len(self.summary)
+
+    @property
+    def machine(self) -> str:
+        names = [env['gpu'] or f'{env["cpu"]}, {env["threads"]} threads' for env in self.environments]
+        return ', then '.join(dict.fromkeys(names))
+
+
+@dataclass
+class Card:
+    """The files that the card is made from."""
+    name: str
+    config: Dict[str, Any]
+    evaluation: Dict[str, Any]
+    run: Record
+    twin: Optional[Record]
+    recipe: Optional[Dict[str, Any]]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return build_model(self.config, 'meta').eval()  # shapes without memory
+
+    @property
+    def size(self) -> List[int]:
+        return self.config['pretrained_cfg']['input_size']
+
+    @property
+    def dataset_id(self) -> str:
+        return DATASETS.get(self.evaluation['tag'], [self.evaluation['tag']])[0]
+
+    @property
+    def dataset(self) -> str:
+        return DATASETS.get(self.evaluation['tag'], [self.evaluation['tag']])[-1]
+
+    @property
+    def data(self) -> str:
+        note = self.evaluation['note']
+        return f'{self.dataset} ({note})' if note else self.dataset
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write README.md into the folder of a published weight.
+
+    Args:
+        folder: The folder, with everything but the card in it.
+        name: Name of the weight, `<arch>.<tag>`.
+    """
+    twin, recipe = folder / 'training' / 'twin', folder / 'training' / 'recipe.yaml'
+    card = Card(
+        name=name,
+        config=read_config(folder),
+        evaluation=json.loads((folder / 'training' / 'evaluation.json').read_text()),
+        run=Record(folder / 'training'),
+        twin=Record(twin) if twin.is_dir() else None,
+        recipe=yaml.safe_load(recipe.read_text()) if recipe.is_file() else None,
+    )
+    parts = [f'---\n{metadata(card).to_yaml()}\n---', f'# Model card for {name}']
+    parts += [section(card) for section in (details, usage, training, evaluation, limitations)]
+    parts += [f'## Citation\n\n```bibtex\n{CITATION}\n```']
+    (folder / 'README.md').write_text('\n\n'.join(parts) + '\n')
+
+
+def metadata(card: Card) -> ModelCardData:
+    measured = card.evaluation[card.evaluation['stored']]
+    return ModelCardData(
+        license='mit',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'convnn'],
+        datasets=[card.dataset_id] if '/' in card.dataset_id else None,
+        metrics=['accuracy'],
+        model_name=card.name,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=card.dataset_id,
+                dataset_name=card.dataset,
+                dataset_split=card.evaluation['split'],
+                metric_type='accuracy',
+                metric_name=label,
+                metric_value=round(measured[key], 2),
+            )
+            for label, key in (('top-1', 'top1'), ('top-5', 'top5'))],
+    )
+
+
+def details(card: Card) -> str:
+    channels, height, width = card.size
+    names = card.config.get('label_names')
+    arguments = ', '.join(f'`{key}={value}`' for key, value in card.config.get('model_args', {}).items())
+    kind = KINDS[card.config['architecture'].partition('_')[2]]
+    return f"""An image classifier for timm, {kind}. Trained on {card.data}.
+
+## Model Details
+
+- **Model type:** image classification, feature backbone
+- **Parameters (M):** {count_parameters(card.model) / 1e6:.2f}
+- **GMACs:** {count_macs(card.model, tuple(card.size)) / 1e9:.4f}, every operator counted
+- **Image size:** {height} x {width}, {channels} channels
+- **Classes:** {card.model.num_classes}{f': {", ".join(names)}' if names else ''}
+- **Architecture:** `{card.config["architecture"]}`, {arguments}
+- **Weights:** {card.evaluation["stored"]}, safetensors
+- **Paper:** Attention Via Convolutional Nearest Neighbors: https://arxiv.org/abs/2511.14137
+- **Original:** https://github.com/mingikang31/Convolutional-Nearest-Neighbor"""
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def usage(card: Card) -> str:
+    name, (channels, height, width) = card.name, card.size
+    grey = ".convert('L')" if channels == 1 else ''
+    label = "model.pretrained_cfg['label_names'][index]" if card.config.get('label_names') else 'index.item()'
+    images = torch.zeros(2, channels, height, width, device='meta')
+    with torch.no_grad():
+        features = card.model.forward_features(images)
+        embeddings = card.model.forward_head(features, pre_logits=True)
+        maps = card.model.forward_intermediates(images, intermediates_only=True)
+    listed = '\n'.join(f'#   {tuple(feature.shape)}' for feature in maps)
+    return f"""## Model Usage
+
+The architecture is in the package `convnn_timm`, which must be installed. A version of it that does not know the name
+of these weights loads them as `hf-hub:{namespace()}/{name}`.
+
+### Image Classification
+
+```python
+import convnn_timm  # registers the architecture with timm
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+model = timm.create_model('{name}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+image = Image.fromarray(load_sample_image('flower.jpg')){grey}  # or Image.open(...)
+with torch.no_grad():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
+
+for probability, index in zip(*probabilities.topk({min(5, card.model.num_classes)})):
+    print(f'{{100 * probability:5.1f}} %', {label})
+```
+
+### Feature Map Extraction
+
+```python
+import convnn_timm
+import timm
+import torch
+
+model = timm.create_model('{name}', pretrained=True, features_only=True).eval()
+
+for feature in model(torch.randn(2, {channels}, {height}, {width})):
+    print(tuple(feature.shape))
+
+{listed}
+```
+
+### Image Embeddings
+
+```python
+import convnn_timm
+import timm
+import torch
+
+model = timm.create_model('{name}', pretrained=True, num_classes=0).eval()  # without the classifier
+
+images = torch.randn(2, {channels}, {height}, {width})
+embeddings = model(images)  # {tuple(embeddings.shape)}
+features = model.forward_features(images)  # {tuple(features.shape)}, before the pooling
+```"""
+
+
+def training(card: Card) -> str:
+    args, environment = card.run.args, card.run.environments[0]
+    on = f'On {card.data}'
+    if args['holdout']:
+        on += f', without {args["holdout"]} of the training images, which were held out'
+    if card.recipe:
+        changed = [
+            f'`{key}: {args[key]}`' for key, value in card.recipe.items() if args.get(key, value) != value]
+        on += f', by training/recipe.yaml {"with " + ", ".join(changed) if changed else "unchanged"}'
+    unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
+    rows = '\n'.join(f'| {key} | {args[key]} |' for key in SHOWN if args.get(key) not in unused)
+    versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
+    commit = f' at commit {environment["commit"]}' if environment['commit'] else ''
+    changes = ', with uncommitted changes' if environment['uncommitted_changes'] else ''
+    return f"""## Training
+
+{on}. All arguments are in training/args.yaml, the epochs in training/summary.csv and training/curve.png.
+
+| argument | value |
+|---|---|
+{rows}
+
+- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training
+- **Software:** {versions}{commit}{changes}
+- **Command:** `{environment["command"]}`"""
+
+
+def evaluation(card: Card) -> str:
+    measured, stored = card.evaluation, card.evaluation['stored']
+    rows = '\n'.join(
+        f'| {precision}{", these" if precision == stored else ""} | {measured[precision]["top1"]:.2f} '
+        f'| {measured[precision]["top5"]:.2f} | {measured[precision]["loss"]:.4f} |'
+        for precision in ('float32', 'float16'))
+    return f"""## Evaluation
+
+On all {measured[stored]["images"]:,} images of the split `{measured["split"]}` of {card.data}, mean over the images.
+The weights are those of the last epoch ({card.run.epochs}), not of the best one. One run, seed {card.run.args["seed"]}.
+
+| weights | top-1 | top-5 | loss |
+|---|---|---|---|
+{rows}{comparison(card)}"""
+
+
+def comparison(card: Card) -> str:
+    """The twin's figures beside the model's, both as their runs recorded them."""
+    if card.twin is None:
+        return ''
+    run, twin = card.run, card.twin
+    keys = {*run.args, *twin.args} - PLACES - {'model', 'model_kwargs'}
+    different = [
+        f'`{key}`: {run.args.get(key)} here, {twin.args.get(key)} there'
+        for key in sorted(keys) if run.args.get(key) != twin.args.get(key)]
+    arguments = f'other arguments: {"; ".join(different)}' if different else 'the same arguments'
+    rows = '\n'.join(map(comparison_row, (run, twin)))
+    return f"""
+
+### Model Comparison
+
+The twin was trained with {arguments}. Both as recorded after the last
+epoch of training{", on images held out of the training set" if run.args["holdout"] else ""}.
+
+| model | arguments | seed | epochs | top-1 | top-5 | parameters (M) | GMACs | images/s in training |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+The machine of the twin: {twin.machine}."""
+
+
+def comparison_row(record: Record) -> str:
+    args = record.args
+    kwargs = dict(args['model_kwargs'])
+    if args['input_size']:
+        kwargs['in_chans'] = args['input_size'][0]
+    model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)
+    size = timm.data.resolve_data_config(args, model=model)['input_size']
+    cells = [
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in args['model_kwargs'].items()), args['seed'],
+        record.epochs, f'{record.last("eval_top1"):.2f}', f'{record.last("eval_top5"):.2f}',
+        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{record.speed:.0f}']
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def limitations(card: Card) -> str:
+    lines = [
+        f'- It knows the classes of {card.dataset} and answers with one of them whatever an image shows.',
+        f'- It was trained and measured at {card.size[1]} x {card.size[2]} pixels. Other images are resized to that.',
+        '- Robustness, calibration and fairness were not measured.',
+        '- One run says little about small differences between models: runs with other seeds differ too.',
+    ]
+    sampling = card.config.get('model_args', {}).get('sampling_type', 'all')
+    if 'convnn' in card.config['architecture'] and sampling == 'all':
+        lines += ['- Each position is compared with every other one: the cost grows with the square of their number.']
+    if sampling == 'random':
+        lines += ['- Similar positions are searched among random ones. In evaluation these are the same on each call.']
+    return '## Limitations\n\n' + '\n'.join(lines)

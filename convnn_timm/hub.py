@@ -1,0 +1,480 @@
+"""From a run folder to a published weight: export, push, verify, pull.
+
+A published weight is a folder `<arch>.<tag>/`, and the same files are its repository on the Hub:
+
+    config.json           timm's: architecture, model arguments, preprocessing, names of the classes
+    model.safetensors     the weights
+    golden.safetensors    inputs and the logits that belong to them
+    README.md             the model card, made by card.py from the other files
+    training/             what the run recorded, evaluation.json, and of the convolution twin what it recorded
+
+The package's manifest.json has a line for each; models/_weights.py reads it where the weights are loaded.
+"""
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download, snapshot_download)
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+
+import convnn_timm.models  # noqa: F401, registers the models
+from .card import build_model, read_config, write_card
+from .models import _weights
+from .models._weights import (
+    HUB_FAILURES, WEIGHTS, WeightsError, check_file, explain, find_entry, local_file, manifest_revision, namespace,
+    read_manifest, sha256, split_revision)
+from .train import evaluate
+from .train_args import UsageError, parse_args, recipe_names
+from .train_data import create_batches, create_parts
+from .train_folder import read_summary
+
+__all__ = ['WeightsError', 'check_folder', 'export', 'pull', 'push', 'verify']
+
+# Published are half as many bytes if that costs no more of the top-1 accuracy than this, in points.
+HALF_PRECISION_LOSS = 0.05
+# Between golden logits and those computed again; both in float64, where machines differ by far less.
+GOLDEN_TOLERANCE = 1e-6
+PHOTOGRAPHS = ('china.jpg', 'flower.jpg')  # come with scikit-learn
+NEW_TOKEN = f'{constants.ENDPOINT}/settings/tokens makes one with write access'
+CONFIG, GOLDEN, CARD = 'config.json', 'golden.safetensors', 'README.md'
+# The parts of config.json that loading by name needs, see models/_weights.py.
+MANIFEST_CFG = ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'label_names')
+
+
+# Export
+
+def export(
+        run: Path,
+        tag: str,
+        output: Path,
+        twin: Optional[Path] = None,
+        data_note: str = '',
+        data_dir: str = '',
+        device: str = 'cpu',
+        force: bool = False,
+) -> Path:
+    """Make the folder of a published weight from the run folder that trained it, and write its line in the manifest.
+
+    The weights are evaluated on the whole evaluation split, in float32 and rounded to float16, and are stored rounded
+    if that makes no difference.
+
+    Args:
+        run: Run folder of a finished training.
+        tag: What the weights were trained on, the second half of the name.
+        output: Folder in which to make `<arch>.<tag>/`.
+        twin: Run folder of the convolution that was trained beside it.
+        data_note: What the card says about the data, besides its name.
+        data_dir: Where the images are now, if they were moved.
+        device: Where to evaluate.
+        force: Replace a folder that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WeightsError: The run is not finished or not of this package, the folder is there, or the images are not.
+    """
+    for folder in filter(None, (run, twin)):
+        if not (folder / 'model' / WEIGHTS).is_file() or not read_summary(folder):
+            raise WeightsError(
+                f'{folder} is no run folder of a finished training. To finish one: '
+                f'convnn-timm train -c {folder}/args.yaml --resume auto')
+    if not re.fullmatch('[a-z0-9][a-z0-9_]*', tag):
+        raise WeightsError(f'--tag {tag}: small letters, digits and underscores, such as cifar10')
+    config = read_config(run / 'model')
+    if not timm.models.is_model_in_modules(config['architecture'], ['convnn_resnet', 'convnn_vgg']):
+        raise WeightsError(f'{run} trained {config["architecture"]}, which is no model of this package')
+    name = f'{config["architecture"]}.{tag}'
+    folder = output / name
+    if folder.exists() and not force:
+        raise WeightsError(f'{folder} is there already: --force replaces it, --output DIR makes it elsewhere')
+
+    args, model, loader = open_evaluation(run, data_dir, device)
+    stored, results, state_dict = choose_precision(model, loader, args.channels_last)
+    new = output / f'.{name}.partial'
+    shutil.rmtree(new, ignore_errors=True)
+    (new / 'training').mkdir(parents=True)
+    config['pretrained_cfg']['tag'] = tag
+    (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+    save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
+    write_golden(new)
+    copy_record(run, new / 'training')
+    if twin:
+        (new / 'training' / 'twin').mkdir()
+        copy_record(twin, new / 'training' / 'twin')
+    evaluation = dict(tag=tag, split=args.val_split, note=data_note, stored=stored, **results)
+    (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
+    write_card(new, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+
+    environment = json.loads((run / 'environment.json').read_text())
+    known = {**config['pretrained_cfg'], **config}
+    write_entry(dict(
+        name=name,
+        file=WEIGHTS,
+        size=(folder / WEIGHTS).stat().st_size,
+        sha256=sha256(folder / WEIGHTS),
+        top1=round(results[stored]['top1'], 4),
+        top5=round(results[stored]['top5'], 4),
+        dataset=tag,
+        commit=environment['commit'],
+        hub_id=f'{namespace()}/{name}',
+        revision=None,
+        model_args=config.get('model_args', {}),
+        pretrained_cfg={key: known[key] for key in MANIFEST_CFG if key in known},
+    ))
+    return folder
+
+
+def open_evaluation(run: Path, data_dir: str, device: str) -> Tuple[Any, nn.Module, Any]:
+    """The run's arguments, its model, and batches of its whole evaluation split, also if it held images out."""
+    moved = ['--data-dir', data_dir] if data_dir else []
+    try:
+        args = parse_args(['-c', str(run / 'args.yaml'), '--device', device, '--holdout', '0', *moved])
+        _, part, _ = create_parts(args)
+        model = timm.create_model(f'local-dir:{run / "model"}', pretrained=True).to(device)
+        loader = create_batches(part, args, resolve_data_config(vars(args), model=model), torch.device(device))
+    except UsageError as error:
+        raise WeightsError(f'{run} cannot be evaluated: {error}. --data-dir says where its images are now') from error
+    return args, model, loader
+
+
+def choose_precision(
+        model: nn.Module,
+        loader,
+        channels_last: bool,
+) -> Tuple[str, Dict[str, Any], Dict[str, torch.Tensor]]:
+    """Evaluate a model as it is and with its weights rounded; returns the precision to store, results, weights."""
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    full = {key: value.cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in full.items()}
+    weights, results = dict(float32=full, float16=half), {}
+    for precision, state_dict in weights.items():
+        model.load_state_dict(state_dict)
+        results[precision] = evaluate(model, loader, channels_last=channels_last)
+    loss = abs(results['float16']['top1'] - results['float32']['top1'])
+    stored = 'float16' if loss <= HALF_PRECISION_LOSS else 'float32'
+    return stored, results, weights[stored]
+
+
+def copy_record(run: Path, folder: Path) -> None:
+    """Copy what a run recorded, without the places of files on the machine that it ran on."""
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    absolute = {value for value in args.values() if isinstance(value, str) and os.path.isabs(value)}
+    for file in [run / 'args.yaml', *sorted(run.glob('environment*.json'))]:
+        text = file.read_text()
+        for path in sorted(absolute, key=len, reverse=True):
+            text = text.replace(path, Path(path).name)
+        (folder / file.name).write_text(text)
+    for name in ('summary.csv', 'curve.png'):
+        shutil.copy(run / name, folder)
+    command = json.loads((run / 'environment.json').read_text())['command'].split()
+    named = [word for flag, word in zip(command, command[1:]) if flag in ('-c', '--config')]
+    for recipe in named:
+        if (stem := recipe.removesuffix('.yaml')) in recipe_names():
+            shutil.copy(Path(__file__).parent / 'recipes' / f'{stem}.yaml', folder / 'recipe.yaml')
+
+
+def write_golden(folder: Path) -> None:
+    """Write inputs, one of seeded noise and photographs as the model sees them, and their logits."""
+    from sklearn.datasets import load_sample_image
+
+    config = read_config(folder)
+    size = tuple(config['pretrained_cfg']['input_size'])
+    data_config = resolve_data_config(pretrained_cfg=config['pretrained_cfg'])
+    transform = create_transform(**data_config, is_training=False)
+    mode = 'L' if size[0] == 1 else 'RGB'
+    photographs = [Image.fromarray(load_sample_image(name)).convert(mode) for name in PHOTOGRAPHS]
+    noise = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
+    inputs = torch.stack([torch.from_numpy(noise), *map(transform, photographs)])
+    model = build_model(config)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    tensors = dict(inputs=inputs, logits=golden_logits(model, inputs))
+    save_file(tensors, folder / GOLDEN, metadata={'inputs': ', '.join(('noise (seed 0)', *PHOTOGRAPHS))})
+
+
+@torch.no_grad()
+def golden_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Logits in float64, where machines agree which neighbour is nearer, even if another is nearly as near."""
+    return model.double().eval()(inputs.double())
+
+
+def write_entry(entry: Dict[str, Any]) -> None:
+    """Add a line to the manifest, or replace the one of that name."""
+    entries = sorted({**read_manifest(), entry['name']: entry}.values(), key=lambda e: e['name'])
+    text = '[\n' + ',\n'.join(map(json.dumps, entries)) + '\n]\n'
+    partial = _weights.MANIFEST.with_suffix('.partial')
+    try:
+        partial.write_text(text)
+        os.replace(partial, _weights.MANIFEST)
+    except OSError as error:
+        raise WeightsError(f'cannot write {_weights.MANIFEST} ({error.strerror}): work in a checkout') from error
+
+
+# Verify
+
+def check_folder(folder: Path, entry: Optional[Dict[str, Any]] = None) -> List[str]:
+    """Check the files of a published weight.
+
+    Args:
+        folder: The folder.
+        entry: Its line in the manifest; without one there is no hash to compare with.
+
+    Returns:
+        One sentence for each thing that is not as it should be.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS, GOLDEN, CARD) if not (folder / name).is_file()]
+    if missing:
+        return [f'{folder} has no {", no ".join(missing)}']
+    try:
+        check_file(folder / WEIGHTS, entry and entry['sha256'])
+        check_file(folder / GOLDEN)
+    except WeightsError as error:
+        return [str(error)]
+    try:
+        model = build_model(read_config(folder))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return [f'{folder / CONFIG} describes no model: {error}']
+    if problems := compare_tensors(folder / WEIGHTS, model):
+        return problems
+
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    golden = load_file(folder / GOLDEN)
+    logits = golden_logits(model, golden['inputs'])
+    if logits.shape != golden['logits'].shape:
+        return [f'{folder}: {logits.shape[1]} logits, golden ones are {golden["logits"].shape[1]}']
+    difference = (logits - golden['logits']).abs().max().item()
+    if not difference <= GOLDEN_TOLERANCE:
+        return [f'{folder}: logits differ from the golden ones by up to {difference:.2g}']
+    return []
+
+
+def compare_tensors(file: Path, model: nn.Module) -> List[str]:
+    """What differs between the names and shapes in a file and those of a model."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    with safe_open(file, 'pt') as f:
+        found = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    problems = [f'{file} lacks {name}' for name in expected.keys() - found.keys()]
+    problems += [f'{file} has {name}, the model has not' for name in found.keys() - expected.keys()]
+    problems += [
+        f'{file}: {name} has the shape {found[name]}, the model {expected[name]}'
+        for name in found.keys() & expected.keys() if found[name] != expected[name]]
+    return sorted(problems)
+
+
+def verify(what: str) -> Tuple[Path, Optional[Dict[str, Any]], List[str]]:
+    """Check a published weight wherever it is.
+
+    Args:
+        what: Name of a weight in the manifest, checked where loading finds it; a folder; or a repository,
+            `owner/name[@revision]`.
+
+    Returns:
+        The folder with its files, its line in the manifest if there is one, and what `check_folder` finds.
+
+    Raises:
+        WeightsError: There is no such weight, or its files cannot be fetched.
+    """
+    entries = read_manifest()
+    if Path(what).is_dir():
+        folder = Path(what)
+        entry = entries.get(folder.resolve().name)
+    else:
+        entry, repo, revision = resolve(what)
+        local = local_file(what) if what in entries else None
+        folder = local.parent if local else fetch(repo, revision)
+    return folder, entry, check_folder(folder, entry)
+
+
+def resolve(what: str) -> Tuple[Optional[Dict[str, Any]], str, Optional[str]]:
+    """Line in the manifest, repository and revision of a name or a repository."""
+    entries = read_manifest()
+    if entry := entries.get(what):
+        return entry, _weights.hub_id(entry), manifest_revision(entry)
+    repo, revision = split_revision(what)
+    if repo.count('/') != 1:
+        known = ', '.join(entries) or 'none yet'
+        raise WeightsError(f'{what} is no published weight ({known}), no folder, and no repository OWNER/NAME')
+    return find_entry(what), repo, revision
+
+
+def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None) -> Path:
+    """Download a repository, into the cache or a folder; returns where it is."""
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_dir=folder))
+    except HUB_FAILURES as error:
+        raise WeightsError(explain(error, repo, revision)) from error
+
+
+# Pull
+
+def pull(what: str) -> Path:
+    """Download a published weight to where loading looks for it, and replace what is damaged there.
+
+    Args:
+        what: Name of a weight in the manifest, or a repository, `owner/name[@revision]`.
+
+    Returns:
+        The file of weights, whole.
+
+    Raises:
+        WeightsError: It cannot be fetched, or is damaged on the Hub too.
+    """
+    entry, repo, revision = resolve(what)
+    expected = entry and entry['sha256']
+    local = local_file(what) if entry and what == entry['name'] else None
+    if local is None:
+        file = fetch(repo, revision) / WEIGHTS
+        if not file.is_file():
+            raise WeightsError(explain(EntryNotFoundError(), repo, revision))
+        return file if is_whole(file, expected) else download_again(repo, revision, expected)
+    if is_whole(local, expected):
+        return local
+    with tempfile.TemporaryDirectory(dir=local.parent) as scratch:  # on the same disk, to replace it in one step
+        os.replace(download_again(repo, revision, expected, Path(scratch)), local)
+    return local
+
+
+def is_whole(file: Path, expected: Optional[str]) -> bool:
+    try:
+        check_file(file, expected)
+    except WeightsError:
+        return False
+    return True
+
+
+def download_again(
+        repo: str,
+        revision: Optional[str],
+        expected: Optional[str],
+        folder: Optional[Path] = None,
+) -> Path:
+    """Download weights whatever is in the cache, into the cache or a folder; they are whole."""
+    try:
+        file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, local_dir=folder, force_download=True))
+    except ValueError as error:  # offline or unreachable: the reason is the cause
+        raise WeightsError(explain(error.__cause__ or error, repo, revision)) from error
+    except HUB_FAILURES as error:
+        raise WeightsError(explain(error, repo, revision)) from error
+    if not is_whole(file, expected):
+        raise WeightsError(f'{repo}: {WEIGHTS} was damaged on the way here, or is so on the Hub. Try again')
+    return file
+
+
+# Push
+
+def push(
+        folder: Path,
+        owner: Optional[str] = None,
+        private: bool = False,
+        revision: Optional[str] = None,
+) -> Tuple[str, str, bool]:
+    """Bring a published weight's folder to the Hub, check what arrived there, and record its commit in the manifest.
+
+    What is there already is not sent again, so an interrupted call can be repeated. If nothing differs, nothing is
+    committed.
+
+    Args:
+        folder: The folder, its name that of the weight.
+        owner: User or organization, the project's by default.
+        private: If the repository is made, make it private.
+        revision: Branch, made if it is not there; `main` by default.
+
+    Returns:
+        Repository, commit, and whether the commit is new.
+
+    Raises:
+        WeightsError: No token, no right to write, damaged files, or the Hub failed.
+    """
+    owner = owner or namespace()
+    name = folder.resolve().name
+    repo = f'{owner}/{name}'
+    check_access(owner)  # before any file is read
+    entry = read_manifest().get(name)
+    if entry is None:
+        raise WeightsError(f'{name} is not in the manifest: make its folder with convnn-timm export')
+    if problems := check_folder(folder, entry):
+        raise WeightsError('\n'.join(['nothing was sent:', *problems]))
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        operations = list(changes(api, repo, revision, folder))
+        if operations:
+            commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
+        else:
+            commit = api.repo_info(repo, revision=revision).sha
+    except (*HUB_FAILURES, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # so the client wraps a failed upload
+        if not isinstance(cause, HUB_FAILURES):
+            raise
+        raise WeightsError(f'{explain(cause, repo, revision)}, what was sent is kept') from error
+
+    check_remote(repo, commit, folder, entry)
+    write_entry(dict(entry, hub_id=repo, revision=commit))
+    return repo, commit, bool(operations)
+
+
+def check_access(owner: str) -> None:
+    """Make sure that there is a token, that the Hub knows it, and that it may write under that name."""
+    if not get_token():
+        raise WeightsError(f'you are not logged in: run `hf auth login`, or set HF_TOKEN; {NEW_TOKEN}')
+    try:
+        user = HfApi().whoami()
+    except HUB_FAILURES as error:
+        raise WeightsError(explain(error, owner)) from error
+    if (user.get('auth') or {}).get('accessToken', {}).get('role') == 'read':
+        raise WeightsError(f"the token of {user['name']} can only read: {NEW_TOKEN}")
+    own = [user['name'], *(org['name'] for org in user.get('orgs', []))]
+    if owner not in own:
+        raise WeightsError(f"{user['name']} may not write to {owner}: choose --namespace {' or '.join(own)}")
+
+
+def changes(api: HfApi, repo: str, revision: Optional[str], folder: Path) -> Iterator[Any]:
+    """What makes the repository equal to the folder."""
+    remote = {
+        file.path: file.lfs.sha256 if file.lfs else file.blob_id
+        for file in api.list_repo_tree(repo, recursive=True, revision=revision) if hasattr(file, 'blob_id')}
+    local = files_of(folder)
+    for path, file in local.items():
+        content = file.read_bytes()
+        oids = hashlib.sha256(content).hexdigest(), hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+        if remote.get(path) not in oids:
+            yield CommitOperationAdd(path, file)
+    for path in remote.keys() - local.keys() - {'.gitattributes'}:
+        yield CommitOperationDelete(path)
+
+
+def files_of(folder: Path) -> Dict[str, Path]:
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob('*')) if file.is_file()}
+
+
+def check_remote(repo: str, commit: str, folder: Path, entry: Dict[str, Any]) -> None:
+    """Download what was pushed, compare each file, and compute the golden logits with it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = fetch(repo, commit, Path(scratch) / folder.resolve().name)
+        _, different, absent = filecmp.cmpfiles(folder, copy, files_of(folder), shallow=False)
+        problems = [f'{path} differs from the file that was sent' for path in different + absent]
+        problems += check_folder(copy, entry)
+    if problems:
+        raise WeightsError('\n'.join([f'{repo} is not what was sent, and is not recorded. Push again:', *problems]))

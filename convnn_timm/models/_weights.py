@@ -1,0 +1,222 @@
+"""Published weights: which there are, where their files are found, and whether a file is whole.
+
+The package's manifest.json has a line for each; `convnn-timm export` and `push` (../hub.py) write it. A file is
+compared with it before its weights are used: neither timm nor the Hub's client notices wrong content of the right size.
+"""
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+
+from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from timm.models import resolve_pretrained_cfg
+
+__all__ = [
+    'HUB_FAILURES', 'WEIGHTS', 'WeightsError', 'check_file', 'explain', 'find_entry', 'find_weights', 'hub_id',
+    'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest', 'sha256', 'split_revision',
+    'tagged_names']
+
+NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
+PACKAGE = Path(__file__).parents[1]
+MANIFEST = PACKAGE / 'manifest.json'
+CHECKOUT_ZOO = PACKAGE.parent / 'model_cards'
+WEIGHTS = 'model.safetensors'
+
+# What the Hub's client raises when something is wrong outside of this program.
+HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be found, fetched or trusted; the message says what to do."""
+
+
+# The manifest
+
+def read_manifest() -> Dict[str, Dict[str, Any]]:
+    """Published weights by their name, `<arch>.<tag>`."""
+    return {entry['name']: entry for entry in json.loads(MANIFEST.read_text())}
+
+
+def namespace() -> str:
+    """Owner of the repositories: `CONVNN_TIMM_NAMESPACE` if that is set, else the project's."""
+    return os.environ.get('CONVNN_TIMM_NAMESPACE') or NAMESPACE
+
+
+def hub_id(entry: Dict[str, Any]) -> str:
+    """Repository of a published weight on the Hub."""
+    return f'{namespace()}/{entry["name"]}' if os.environ.get('CONVNN_TIMM_NAMESPACE') else entry['hub_id']
+
+
+def manifest_revision(entry: Dict[str, Any]) -> Optional[str]:
+    """Commit that holds just this weight, if it was pushed and is looked for where it was pushed to."""
+    return entry['revision'] if hub_id(entry) == entry['hub_id'] else None
+
+
+def find_entry(repo: str) -> Optional[Dict[str, Any]]:
+    """The manifest's line for a repository; with `@revision`, only if that is the one in the manifest."""
+    repo, revision = split_revision(repo)
+    for entry in read_manifest().values():
+        if hub_id(entry) == repo and revision in (None, manifest_revision(entry)):
+            return entry
+    return None
+
+
+def split_revision(repo: str) -> Tuple[str, Optional[str]]:
+    repo, _, revision = repo.partition('@')
+    return repo, revision or None
+
+
+def tagged_names(variants: Iterable[str]) -> List[str]:
+    """Names `<arch>.<tag>` of these architectures: each with the tag cifar10, and others that are published."""
+    published = [name for name in read_manifest() if name.split('.')[0] in variants]
+    return list(dict.fromkeys([f'{variant}.cifar10' for variant in variants] + published))
+
+
+def published_cfg(name: str) -> Dict[str, Any]:
+    """What a published weight adds to timm's configuration of its name; nothing if it is not published."""
+    entry = read_manifest().get(name)
+    if entry is None:
+        return {}
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in entry['pretrained_cfg'].items()}
+    return dict(cfg, hf_hub_id=hub_id(entry))
+
+
+# Files
+
+def local_file(name: str) -> Optional[Path]:
+    """The weight in the folder that `CONVNN_TIMM_ZOO` names, else in the checkout; None if it is in neither.
+
+    Raises:
+        WeightsError: `CONVNN_TIMM_ZOO` names no folder.
+    """
+    zoo = os.environ.get('CONVNN_TIMM_ZOO')
+    if zoo and not Path(zoo).is_dir():
+        raise WeightsError(f'CONVNN_TIMM_ZOO={zoo}: there is no such folder. Correct or unset the variable.')
+    files = [Path(folder) / name / WEIGHTS for folder in (zoo, CHECKOUT_ZOO) if folder]
+    return next((file for file in files if file.is_file()), None)
+
+
+def sha256(file: Union[str, Path]) -> str:
+    digest = hashlib.sha256()
+    with open(file, 'rb') as f:
+        while block := f.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> None:
+    """Make sure that a safetensors file is what was published.
+
+    Args:
+        file: The file.
+        expected: Its sha256. Without it, a large file in the Hub's cache tells its own: it is a link to it.
+        source: What `convnn-timm pull` takes to fetch it again, a name or a repository.
+
+    Raises:
+        WeightsError: It is something else.
+    """
+    what = f'{file} of {source}' if source else str(file)
+    repair = f'. None of it was used. Fetch it again: convnn-timm pull {source}' if source else ''
+    if not expected and file.is_symlink() and re.fullmatch('[0-9a-f]{64}', name := Path(os.readlink(file)).name):
+        expected = name
+    if expected and (found := sha256(file)) != expected:
+        raise WeightsError(f'{what} is damaged: its sha256 is {found[:12]}…, published is {expected[:12]}…{repair}')
+    try:
+        with safe_open(file, 'pt'):
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f'{what} is cut short or no safetensors file ({error}){repair}') from error
+
+
+def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Find the weights that a model asked for with `pretrained=True` gets, and check them.
+
+    Published weights are taken from a local folder (`local_file`), else from the Hub, and bring the model arguments
+    that they were trained with. Of weights that the caller names, a repository is fetched and checked, a file opened.
+
+    Args:
+        variant: Name of the architecture.
+        kwargs: Arguments of timm's entrypoint.
+
+    Returns:
+        Arguments that lead timm to a file that was checked; as they were, if there are no weights.
+
+    Raises:
+        WeightsError: The weights cannot be fetched, or are damaged.
+    """
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    if cfg.state_dict is None and cfg.file:
+        file = Path(cfg.file) / WEIGHTS if Path(cfg.file).is_dir() else Path(cfg.file)
+        if file.suffix == '.safetensors' and file.is_file():
+            check_file(file)
+        return kwargs
+    if cfg.state_dict is not None or not cfg.hf_hub_id:
+        return kwargs
+
+    file, source = None, cfg.hf_hub_id
+    entry = find_entry(source)
+    if entry and cfg.source != 'hf-hub':  # asked for by name, not as hf-hub:OWNER/NAME
+        kwargs = {**entry['model_args'], **kwargs}
+        file, source = local_file(entry['name']), entry['name']
+    if file is None:
+        repo, revision = split_revision(cfg.hf_hub_id)
+        if entry and source == entry['name']:
+            revision = manifest_revision(entry)
+        try:
+            file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=kwargs.get('cache_dir')))
+        except HUB_FAILURES as error:
+            raise WeightsError(explain(error, repo, revision)) from error
+    check_file(file, entry and entry['sha256'], source)
+    return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
+
+
+def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> str:
+    """Say what went wrong with a repository, and what to do about it.
+
+    Args:
+        error: One of `HUB_FAILURES`.
+        repo: The repository, `owner/name`.
+        revision: Its branch, tag or commit.
+    """
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), 0)
+    whole, hub = f'{repo}@{revision}' if revision else repo, constants.ENDPOINT
+    log_in = 'log in with `hf auth login`, or set HF_TOKEN'
+
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return f'{whole} is not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE and run once: ' \
+            f'convnn-timm pull {whole}'
+    if isinstance(error, RevisionNotFoundError):
+        return f'{repo} has no revision {revision!r}; {hub}/{repo}/commits/main lists those it has'
+    if status == 401 and get_token() and not isinstance(error, RepositoryNotFoundError):
+        return f'the Hub does not know your token, asked for {whole}: {log_in}'
+    if isinstance(error, RepositoryNotFoundError):
+        hidden = 'your token may not see it' if get_token() else f'you must {log_in}'
+        return f'there is no repository {repo} on the Hub ({hub}), or it is private and {hidden}'
+    if status in (401, 403):
+        return f'the Hub does not let you do that with {whole} ({status}); for a token that may: {hub}/settings/tokens'
+    if status >= 500:
+        return f'the Hub ({hub}) is out of order: it answered {status} for {whole}. Try again in a minute'
+    if isinstance(error, LocalEntryNotFoundError):
+        return f'{whole} is not in the cache, and the Hub ({hub}) cannot be reached. Try again with a connection'
+    if isinstance(error, EntryNotFoundError):
+        return f'{whole} holds no weights: it lacks config.json or {WEIGHTS}, and other formats are not loaded'
+    if isinstance(error, HTTPError) or 'Consistency check' in str(error):
+        return f'the connection to the Hub ({hub}) broke off at {whole}: {type(error).__name__}. Run the same again'
+    return f'{whole}: {" ".join(str(error).split()) or type(error).__name__}'

@@ -1,0 +1,218 @@
+"""Which neighbours the ConvNN layers of a network choose: noted for some images, measured over many.
+
+Positions are (row, column) on the map that a layer receives (after its pixel-unshuffle, if it has one); what lies
+outside the map is padding. `visualize` draws all this.
+"""
+import csv
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from convnn_timm.layers.base import NeighborLayer
+
+__all__ = [
+    'LayerNeighbors', 'LayerStats', 'capture_neighbors', 'neighbor_layers', 'neighbor_stats', 'window_neighbors',
+    'write_csv',
+]
+
+
+class LayerNeighbors(NamedTuple):
+    """The neighbours that one layer chose in a batch of images, for Q positions K each."""
+    index: torch.Tensor  # (B, Q, K, 2) row and column of each neighbour, in order of rank
+    query: torch.Tensor  # (Q, 2) of the position that chose it
+    size: Tuple[int, int]  # rows and columns of the map
+    stride: int  # between positions that choose
+    padding: int  # around the map
+    window: int  # side of the convolution that the layer stands for
+
+    @property
+    def in_padding(self) -> torch.Tensor:
+        """(B, Q, K), which neighbours are padding."""
+        return ((self.index < 0) | (self.index >= torch.tensor(self.size))).any(dim=-1)
+
+
+def neighbor_layers(model: nn.Module) -> Dict[str, NeighborLayer]:
+    """The layers of a network that choose neighbours in images, by name; a branching layer's is called like the whole.
+
+    Raises:
+        ValueError: There are none.
+    """
+    layers = {
+        name.removesuffix('.branch1'): module for name, module in model.named_modules()
+        if isinstance(module, NeighborLayer) and module.axes == 2}
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no ConvNN layers: there are no neighbours to look at')
+    return layers
+
+
+@torch.no_grad()
+def capture_neighbors(
+        model: nn.Module,
+        images: torch.Tensor,
+        layers: Optional[Sequence[str]] = None,
+) -> Dict[str, LayerNeighbors]:
+    """Run a network in evaluation and note which neighbours its layers choose. The network stays as it was.
+
+    Args:
+        model: A network, in any mode, on any device.
+        images: Its input (B, C, H, W).
+        layers: Names of layers, see `neighbor_layers`; all of them by default.
+
+    Returns:
+        Neighbours, on the CPU, by the name of the layer.
+
+    Raises:
+        ValueError: The network has no such layers.
+    """
+    found, captured = neighbor_layers(model), {}
+    if unknown := [name for name in layers or () if name not in found]:
+        raise ValueError(f'no layer {", ".join(map(repr, unknown))}; layers with neighbours are {", ".join(found)}')
+
+    def watch(name: str, layer: NeighborLayer):
+        return layer.register_forward_pre_hook(
+            lambda _, args: captured.update({name: _neighbors_of(layer, args[0], _window(model, name, layer))}))
+
+    handles = [watch(name, layer) for name, layer in found.items() if not layers or name in layers]
+    weight = next(iter(found.values())).weight
+    try:
+        with _evaluation(model):
+            model(images.to(weight.device, weight.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def window_neighbors(neighbors: LayerNeighbors) -> LayerNeighbors:
+    """The same for the convolution in the layer's place: index is the window around each position, (1, Q, k * k, 2)."""
+    side = torch.arange(neighbors.window) - neighbors.window // 2
+    return neighbors._replace(index=neighbors.query.unsqueeze(1).add(torch.cartesian_prod(side, side)).unsqueeze(0))
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _window(model: nn.Module, name: str, layer: NeighborLayer) -> int:
+    """Kernel side of the convolution beside a layer, or where there is none of the smallest one that takes K tokens."""
+    beside = getattr(model.get_submodule(name), 'branch2', None)
+    return beside.kernel_size[0] if beside is not None else next(k for k in range(1, 2 ** 16, 2) if k * k >= layer.K)
+
+
+def _neighbors_of(layer: NeighborLayer, x: torch.Tensor, window: int) -> LayerNeighbors:
+    index = layer.neighbors(x).cpu()
+    scale, p = layer.shuffle_scale if 'B' in layer.shuffle_pattern else 1, layer.padding
+    height, width = (n // scale for n in x.shape[2:])
+    row = width + 2 * p
+    query = torch.cartesian_prod(*(torch.arange(0, n, layer.stride) for n in (height, width)))
+    return LayerNeighbors(
+        torch.stack([index // row - p, index % row - p], dim=-1), query, (height, width), layer.stride, p, window)
+
+
+class LayerStats(NamedTuple):
+    """Where a layer looks, averaged over images.
+
+    It works between the convolution it stands for (`window_*`) and attention, for which every token of the map is as
+    near (`uniform_*`). A position's neighbours are counted without itself and, except in `padding`, without padding.
+    """
+    layer: str
+    height: int  # of its map
+    width: int
+    stride: int
+    K: int
+    window: int  # side
+    images: int
+    distance: float  # mean, in tokens of its map
+    window_distance: float
+    uniform_distance: float
+    inside: float  # share of the neighbours that lie in the window
+    uniform_inside: float
+    padding: float  # share of the neighbours that are padding
+    hub_share: float  # share of the positions that chose the token chosen most often
+    window_hub_share: float
+    hub_skewness: float  # of the k-occurrence (how many positions chose a token): above 0, a few tokens are hubs
+    window_hub_skewness: float
+
+
+def neighbor_stats(model: nn.Module, batches: Union[torch.Tensor, Iterable]) -> List[LayerStats]:
+    """Measure the neighbours that the layers of a network choose. The network stays as it was.
+
+    Args:
+        model: A network.
+        batches: Its input (B, C, H, W), or a loader of such, with or without targets. All images of one size.
+
+    Raises:
+        ValueError: The network has no ConvNN layers, or there are no images.
+    """
+    measured, shapes = {name: [] for name in neighbor_layers(model)}, {}
+    for batch in [batches] if isinstance(batches, torch.Tensor) else batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        for name, neighbors in capture_neighbors(model, images).items():
+            measured[name].append(_measure(neighbors))
+            shapes[name] = neighbors._replace(index=neighbors.index[:1])
+    if not shapes:
+        raise ValueError('there are no images to measure neighbours in')
+    stats = []
+    for name, shape in shapes.items():
+        values = {key: torch.cat([m[key] for m in measured[name]]) for key in measured[name][0]}
+        values = {key: value.nanmean().item() for key, value in values.items()}
+        values |= {f'window_{key}': value.item() for key, value in _measure(window_neighbors(shape)).items()}
+        values |= {f'uniform_{key}': value for key, value in _measure_uniform(shape).items()}
+        values |= dict(
+            layer=name, height=shape.size[0], width=shape.size[1], stride=shape.stride, K=shape.index.shape[2],
+            window=shape.window, images=sum(len(m['distance']) for m in measured[name]))
+        stats.append(LayerStats(**{field: values[field] for field in LayerStats._fields}))
+    return stats
+
+
+def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
+    """For each image of the batch, (B,); NaN where no position has another neighbour."""
+    offset = neighbors.index - neighbors.query.unsqueeze(1)
+    others = (offset != 0).any(dim=-1)
+    counted = others & ~neighbors.in_padding
+    number = counted.sum(dim=(1, 2))
+    inside = (offset.abs() <= neighbors.window // 2).all(dim=-1)
+
+    height, width = neighbors.size
+    token = (neighbors.index[..., 0] * width + neighbors.index[..., 1]).where(counted, 0).flatten(1)
+    chosen = torch.zeros(len(token), height * width).double().scatter_add_(1, token, counted.flatten(1).double())
+    centred = chosen - chosen.mean(dim=1, keepdim=True)
+    return dict(
+        distance=offset.double().norm(dim=-1).mul(counted).sum(dim=(1, 2)) / number,
+        inside=(inside & counted).sum(dim=(1, 2)) / number,
+        padding=1 - number / others.sum(dim=(1, 2)),
+        hub_share=chosen.amax(dim=1) / len(neighbors.query),
+        hub_skewness=centred.pow(3).mean(dim=1) / centred.pow(2).mean(dim=1).pow(1.5).clamp(min=1e-12),
+    )
+
+
+def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
+    """The same of all other tokens, from how often each step along rows and columns occurs."""
+    rows, columns = (
+        torch.arange(0, n, neighbors.stride).unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount(minlength=n)
+        for n in neighbors.size)
+    often = rows.unsqueeze(1) * columns.double()
+    often[0, 0] = 0  # itself
+    length = torch.cartesian_prod(*(torch.arange(n).double() for n in neighbors.size)).norm(dim=-1)
+    reach = neighbors.window // 2 + 1
+    return dict(
+        distance=((often.flatten() * length).sum() / often.sum()).item(),
+        inside=(often[:reach, :reach].sum() / often.sum()).item())
+
+
+def write_csv(stats: Sequence[LayerStats], path: Path) -> None:
+    """Write a line for each layer; the columns are the fields of `LayerStats`."""
+    with open(path, 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(LayerStats._fields)
+        writer.writerows([f'{v:.6g}' if isinstance(v, float) else v for v in line] for line in stats)

@@ -1,0 +1,412 @@
+"""Weights from and to the Hub: the real client, timm and the commands talk to the server of hub_server.py.
+
+The client reads its settings when it is imported, so each test runs its code in processes of its own, forked from one
+that has PyTorch loaded; the package there is a copy with a manifest of its own (`publish` in test_card.py).
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from hub_server import Hub
+from test_card import NAME, publish
+
+WEIGHTS = 'model.safetensors'
+PROJECT = f'convnn-timm/{NAME}'
+FORKS = r"""
+import json, os, sys, time, traceback
+import torch, torchvision
+time.sleep = lambda seconds: None  # the client waits before it tries again
+for line in sys.stdin:
+    job = json.loads(line)
+    if not (child := os.fork()):
+        os.environ.update(job['env'])
+        os.chdir(job['cwd'])
+        for stream, name in ((1, 'out'), (2, 'err')):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        status = 0
+        try:
+            exec(job['code'], {})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+# What the code of every test starts with: `run` for a command, `load` for timm, which print what a user sees.
+PRELUDE = """
+import hashlib, os, shutil, sys
+from pathlib import Path
+from convnn_timm import cli
+
+def run(*argv):
+    sys.stderr.flush()
+    print('status', cli.main(list(argv)), flush=True)
+
+def load(name, **kwargs):
+    import timm
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs).eval()
+    except Exception as error:
+        print(f'{type(error).__name__}: {error}', flush=True)
+    else:
+        digest = hashlib.sha256(b''.join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+        conv = model.layer1[0].conv1
+        print('loaded', digest, getattr(getattr(conv, 'branch1', conv), 'num_samples', None), flush=True)
+        return model
+
+def cached():
+    return next(Path(os.environ['HF_HOME']).glob('hub/models--*/snapshots/*/model.safetensors'))
+
+def flip(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+"""
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    return publish(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope='module')
+def forks(published):
+    """A process that has PyTorch loaded, and whose children run code with the copy of the package."""
+    env = {**os.environ, 'PYTHONPATH': str(published), 'OMP_NUM_THREADS': '1'}
+    for name in ('CONVNN_TIMM_ZOO', 'CONVNN_TIMM_NAMESPACE', 'HF_TOKEN', 'HF_HUB_OFFLINE'):
+        env.pop(name, None)
+    with subprocess.Popen(
+            [sys.executable, '-c', FORKS], env=env, cwd=published, stdin=-1, stdout=-1, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def hub():
+    """A Hub with the project's owner, somebody else, and a token that can only read."""
+    with Hub() as hub:
+        hub.add_user('hf_write', 'maintainer', orgs=('convnn-timm',))
+        hub.add_user('hf_other', 'alice')
+        hub.add_user('hf_read', 'convnn-timm', role='read')
+        yield hub
+
+
+@pytest.fixture
+def on_the_hub(hub, published):
+    hub.add_repository(PROJECT, files_of(published / 'cards' / NAME))
+    return hub
+
+
+@pytest.fixture
+def session(forks, published, tmp_path, request):
+    """Runs code as a user would, with the Hub, a cache of the test's own and the published weight not in any folder."""
+    manifest, cards = published / 'convnn_timm' / 'manifest.json', tmp_path / 'model_cards'
+    before = manifest.read_text()
+    shutil.copytree(published / 'cards', cards)
+    hub = request.getfixturevalue('hub')
+
+    def run(code, token=None, **env):
+        job = dict(code=PRELUDE + code, cwd=str(tmp_path), env={**hub.environment(tmp_path / 'home', token), **env})
+        print(json.dumps(job), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        out, err = (tmp_path / 'out').read_text(), (tmp_path / 'err').read_text()
+        assert status == 0, err
+        return SimpleNamespace(out=out, err=err, lines=out.splitlines())
+
+    run.cards, run.folder, run.manifest = cards, cards / NAME, manifest
+    yield run
+    manifest.write_text(before)
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def digest_of(session):
+    """What `load` prints of the published weights, loaded from the folder they were exported to."""
+    line, = session(f'load("local-dir:{session.folder}")').lines
+    assert line.startswith('loaded')
+    return line
+
+
+def posted(hub, what):
+    return [line for line in hub.log if what in line]
+
+
+# Push
+
+def test_push_pull_and_load_again(session, hub):
+    """The whole way, by each of the names that timm has for it."""
+    done = session(f"""
+run('push', {str(session.folder)!r}, '--revision', 'v1')
+run('push', {str(session.folder)!r})
+run('push', {str(session.folder)!r})
+""", token='hf_write')
+    assert done.lines[1::2] == ['status 0'] * 3, done.err
+    first, second, third = done.lines[::2]
+    assert 'pushed, verified, commit' in first and 'pushed' in second and 'was there already, verified' in third
+    commit = hub.repositories[PROJECT].branches['main']
+    assert third.endswith(commit) and len(posted(hub, f'POST /api/models/{PROJECT}/commit/main')) == 1
+    expected = files_of(session.folder)
+    assert {k: v for k, v in hub.files(PROJECT).items() if k != '.gitattributes'} == expected == {
+        k: v for k, v in hub.files(PROJECT, 'v1').items() if k != '.gitattributes'}
+    assert len(posted(hub, 'PUT /lfs/')) == len([name for name in expected if name.endswith(('.safetensors', '.png'))])
+    entry, = json.loads(session.manifest.read_text())
+    assert entry['revision'] == commit and entry['hub_id'] == PROJECT
+
+    names = NAME, NAME.split('.')[0], f'hf-hub:{PROJECT}', f'hf-hub:{PROJECT}@v1', f'hf-hub:{PROJECT}@{commit}'
+    digest = digest_of(session)
+    loaded = session('\n'.join(f'load({name!r})' for name in names) + f"""
+run('verify', {NAME!r}, '{PROJECT}@v1')
+run('pull', {NAME!r})
+import timm
+print(timm.list_pretrained('resnet18_conv*'), timm.get_pretrained_cfg({NAME!r}).label_names)
+""")
+    assert loaded.lines[:5] == [digest] * 5 and digest.endswith(' 32'), loaded.out
+    assert 'hash, tensors and logits are right' in loaded.lines[5] and loaded.lines[7] == 'status 0', loaded.err
+    assert loaded.lines[-1] == f"['{NAME}'] ('bee', 'cat', 'dog')"
+
+    hub.log.clear()
+    offline = session(f'load({NAME!r}); load("hf-hub:{PROJECT}")', HF_HUB_OFFLINE='1')
+    assert offline.lines == [digest] * 2 and not hub.log
+
+
+def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on_the_hub):
+    on_the_hub.add_repository(PROJECT, {**files_of(session.folder), 'pytorch_model.bin': b'old', 'README.md': b'old'})
+    done = session("run('push', '--all')", token='hf_write')
+    assert 'pushed, verified' in done.out and 'status 0' in done.out, done.err
+    files = on_the_hub.files(PROJECT)
+    assert 'pytorch_model.bin' not in files and files['README.md'] == (session.folder / 'README.md').read_bytes()
+    assert not posted(on_the_hub, 'PUT')
+
+
+def test_push_as_somebody_else_and_private(session, hub):
+    done = session(f"run('push', {str(session.folder)!r}, '--namespace', 'alice', '--private')", token='hf_other')
+    assert 'status 0' in done.out, done.err
+    assert hub.repositories[f'alice/{NAME}'].private
+    assert json.loads(session.manifest.read_text())[0]['hub_id'] == f'alice/{NAME}'
+    private = session(f'load("hf-hub:alice/{NAME}")')
+    assert 'RepositoryNotFoundError' in private.out
+    assert session(f'load({NAME!r})').out.startswith(
+        f'WeightsError: there is no repository alice/{NAME} on the Hub (http://127.0.0.1:')
+    assert session(f'load({NAME!r})', token='hf_other').lines == [digest_of(session)]
+
+
+@pytest.mark.parametrize('token, message', [
+    ('', 'you are not logged in: run `hf auth login`, or set HF_TOKEN; '),
+    ('hf_wrong', 'the Hub does not know your token'),
+    ('hf_read', 'the token of convnn-timm can only read: http'),
+    ('hf_other', 'alice may not write to convnn-timm: choose --namespace alice'),
+])
+def test_push_asks_who_you_are_before_it_reads_weights(session, hub, token, message):
+    (session.folder / WEIGHTS).unlink()
+    done = session(f"run('push', {str(session.folder)!r})", token=token)
+    assert done.lines == ['status 1'] and done.err.startswith('convnn-timm: error: ' + message), done.err
+    assert set(hub.log) <= {'GET /api/whoami-v2'}
+
+
+def test_push_sends_nothing_that_is_damaged_or_unknown(session, hub):
+    done = session(f"""
+folder = Path({str(session.folder)!r})
+run('push', str(folder.rename(folder.parent / 'other.cifar10')))
+flip(folder.parent / 'other.cifar10' / 'model.safetensors')
+run('push', str((folder.parent / 'other.cifar10').rename(folder)))
+run('push')
+""", token='hf_write')
+    assert done.lines == ['status 1', 'status 1', 'status 2']
+    assert 'other.cifar10 is not in the manifest: make its folder with convnn-timm export' in done.err
+    assert 'nothing was sent:' in done.err and 'is damaged' in done.err and 'A folder, or --all' in done.err
+    assert set(hub.log) == {'GET /api/whoami-v2'}
+
+
+@pytest.mark.parametrize('method, path, fault, times, message', [
+    ('POST', '/api/repos/create', 403, 1, f'the Hub does not let you do that with {PROJECT} (403)'),
+    ('POST', '/commit/', 500, 1, 'is out of order: it answered 500'),
+    ('POST', '/commit/', 'after', 1, 'is out of order: it answered 500'),
+    ('POST', '/commit/', 'cut', 1, 'broke off'),
+    ('PUT', '/lfs/', 'cut', 99, 'broke off'),
+    ('PUT', '/lfs/', 403, 1, 'the Hub does not let you do that'),
+    ('GET', '/tree/', 404, 1, PROJECT),
+    ('GET', '/lfs/', 'flip', 1, 'is not what was sent, and is not recorded. Push again:'),
+])
+def test_push_continues_after_a_fault(session, hub, method, path, fault, times, message):
+    before = session.manifest.read_text()
+    hub.fail(method, path, fault, times)
+    failed = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    assert failed.lines == ['status 1'] and message in failed.err and 'Traceback' not in failed.err, failed.err
+    assert session.manifest.read_text() == before
+    hub.faults.clear()
+    sent = len(posted(hub, 'PUT'))
+    again = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    assert again.lines[1:] == ['status 0'], again.err
+    assert {k: v for k, v in hub.files(PROJECT).items() if k != '.gitattributes'} == files_of(session.folder)
+    if path == '/commit/':  # what had arrived is not sent twice
+        assert len(posted(hub, 'PUT')) == sent
+
+
+# Loading
+
+def test_order_of_the_places_that_weights_are_loaded_from(session, published, on_the_hub):
+    """The folder named, then the checkout's, then the Hub; a folder without that weight is passed over."""
+    checkout = published / 'model_cards'
+    digest = digest_of(session)
+    on_the_hub.log.clear()
+    try:
+        shutil.copytree(session.cards, checkout)
+        assert session(f'load({NAME!r})').lines == [digest]
+        assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
+        (session.folder / WEIGHTS).write_bytes(b'the folder named is asked first')
+        assert 'is damaged' in session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).out
+        assert not on_the_hub.log
+    finally:
+        shutil.rmtree(checkout)
+    (session.folder / WEIGHTS).unlink()
+    assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
+    assert on_the_hub.log[-1].startswith('GET /lfs/')
+    lost = session(f'load({NAME!r})', CONVNN_TIMM_ZOO='nowhere')
+    assert lost.lines == [
+        'WeightsError: CONVNN_TIMM_ZOO=nowhere: there is no such folder. Correct or unset the variable.']
+
+
+def test_another_namespace(session, hub, published):
+    hub.add_repository(f'lab/{NAME}', files_of(published / 'cards' / NAME))
+    assert session(f'load({NAME!r})', CONVNN_TIMM_NAMESPACE='lab').lines == [digest_of(session)]
+
+
+def test_arguments_and_weights_of_the_caller_come_first(session, on_the_hub):
+    done = session(f"""
+model = load({NAME!r}, num_samples=16)
+load({NAME!r}, num_classes=7, in_chans=1)
+load({NAME!r}, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), channels=(8, 8, 16, 16), num_classes=3)
+load('resnet18_convnn')
+load({NAME!r}, K=5)
+import timm, torch
+features = timm.create_model({NAME!r}, pretrained=True, features_only=True)
+print([tuple(f.shape) for f in features(torch.zeros(1, 3, 16, 16))])
+print(timm.create_model({NAME.split('.')[0]!r}).num_features)
+""")
+    samples = [line.rpartition(' ')[2] for line in done.lines]
+    assert samples[:3] == ['16', '32', '-1'] and all(line.startswith('loaded') for line in done.lines[:3])
+    assert done.lines[3].startswith('RuntimeError: No pretrained weights exist for resnet18_convnn')
+    assert 'size mismatch' in done.out and '(1, 16, 2, 2)]' in done.lines[-2]
+    assert done.lines[-1] == '512'  # without pretrained=True, the architecture as it is
+
+
+def test_a_damaged_file_is_never_used_and_pull_repairs_it(session, on_the_hub):
+    """Of the right size: in the cache, on the way, and in a folder."""
+    digest = digest_of(session)
+    on_the_hub.fail('GET', '/lfs/', 'flip')
+    done = session(f"""
+load({NAME!r})
+load({NAME!r})
+load('hf-hub:{PROJECT}')
+run('verify', {NAME!r})
+run('pull', {NAME!r})
+load({NAME!r})
+flip(cached())
+load({NAME!r}, num_classes=5)
+run('pull', '{PROJECT}')
+load('hf-hub:{PROJECT}')
+os.environ['CONVNN_TIMM_ZOO'] = {str(session.cards)!r}
+flip(Path({str(session.folder / WEIGHTS)!r}))
+load({NAME!r})
+run('pull', {NAME!r})
+load({NAME!r})
+""")
+    damaged = [line for line in done.lines if line.startswith('WeightsError')]
+    assert len(damaged) == 5 and all('is damaged: its sha256 is' in line for line in damaged), done.out
+    assert all('None of it was used. Fetch it again: convnn-timm pull ' in line for line in damaged)
+    assert WEIGHTS in damaged[0] and damaged[0].endswith(f'convnn-timm pull {NAME}')
+    assert damaged[2].endswith(f'convnn-timm pull {PROJECT}')
+    assert [line for line in done.lines if line.startswith('loaded')] == [digest] * 3
+    assert done.out.count('status 0') == 3 and done.out.count('status 1') == 1 and 'is damaged' in done.err
+    assert len(list(session.folder.iterdir())) == 5  # no scratch files beside the repaired one
+
+
+def test_a_repository_that_the_manifest_does_not_know_is_checked_too(session, on_the_hub):
+    """A large file in the cache is named by its hash."""
+    on_the_hub.add_repository('someone/mine', files_of(session.folder))
+    on_the_hub.add_repository('someone/cut', {**files_of(session.folder), WEIGHTS: b'123'})
+    done = session(f"""
+load('hf-hub:someone/mine')
+flip(cached())
+load('hf-hub:someone/mine')
+load('hf-hub:someone/cut')
+load('local-dir:{session.folder}')
+Path('{session.folder}/model.safetensors').write_bytes(b'123')
+load('local-dir:{session.folder}')
+""")
+    good, damaged, cut, local, local_cut = done.lines
+    assert good.startswith('loaded') and 'is damaged' in damaged and damaged.endswith('convnn-timm pull someone/mine')
+    assert 'is cut short or no safetensors file' in cut and cut.endswith('convnn-timm pull someone/cut')
+    assert local.startswith('loaded') and f'{session.folder}/{WEIGHTS} is cut short' in local_cut
+
+
+@pytest.mark.parametrize('method, fault, times, message', [
+    ('GET', 'cut', 99, 'broke off at'),
+    ('GET', 'short', 99, 'broke off at'),
+    ('GET', 500, 99, 'is out of order: it answered 500'),
+    ('HEAD', 500, 99, 'is out of order: it answered 500'),
+    ('HEAD', 403, 99, 'the Hub does not let you do that with'),
+    ('HEAD', 'cut', 99, 'broke off at'),
+])
+def test_a_download_that_fails_loads_nothing_and_can_be_repeated(session, on_the_hub, method, fault, times, message):
+    digest = digest_of(session)
+    on_the_hub.fail(method, '/lfs/' if method == 'GET' else '/resolve/', fault, times)
+    failed = session(f'load({NAME!r}); run("pull", {NAME!r})')
+    assert failed.lines[0].startswith('WeightsError: ') and message in failed.lines[0], failed.out
+    assert failed.lines[1] == 'status 1' and message in failed.err and 'Traceback' not in failed.err, failed.err
+    on_the_hub.faults.clear()
+    assert session(f'load({NAME!r})').lines == [digest]
+
+
+def test_what_can_be_wrong_with_a_repository(session, hub, published):
+    """One message for each, with what to do about it."""
+    manifest = json.loads(session.manifest.read_text())
+    hub.add_repository(f'empty/{NAME}', {'config.json': b'{}', 'pytorch_model.bin': b'pickle'})
+    hub.add_repository(f'secret/{NAME}', files_of(published / 'cards' / NAME), private=True)
+    commit = hub.add_repository(PROJECT, files_of(published / 'cards' / NAME))
+    session.manifest.write_text(json.dumps([{**manifest[0], 'revision': commit[::-1]}]))
+
+    def said(token=None, **env):
+        line, = session(f'load({NAME!r})', token, **env).lines
+        return line.removeprefix('WeightsError: ')
+
+    assert said() == f"{PROJECT} has no revision '{commit[::-1]}'; " \
+        f'http://127.0.0.1:{hub.port}/{PROJECT}/commits/main lists those it has'
+    assert 'holds no weights: it lacks config.json or model.safetensors' in said(CONVNN_TIMM_NAMESPACE='empty')
+    assert 'you must log in with `hf auth login`, or set HF_TOKEN' in said(CONVNN_TIMM_NAMESPACE='nobody')
+    assert 'there is no repository secret/' in said(CONVNN_TIMM_NAMESPACE='secret')
+    assert 'your token may not see it' in said('hf_other', CONVNN_TIMM_NAMESPACE='secret')
+    assert 'the Hub does not know your token' in said('hf_wrong', CONVNN_TIMM_NAMESPACE='secret')
+    assert f'Unset HF_HUB_OFFLINE and run once: convnn-timm pull {PROJECT}@' in said(HF_HUB_OFFLINE='1')
+    assert 'cannot be reached. Try again with a connection' in said(HF_ENDPOINT='http://127.0.0.1:1')
+
+
+def test_predict_explains_what_is_wrong_with_a_repository(session, on_the_hub):
+    done = session(f"""
+run('predict', 'x.png', '--model', 'hf-hub:nobody/nothing')
+run('predict', 'x.png', '--model', 'hf-hub:{PROJECT}@v9')
+run('predict', 'x.png', '--model', {NAME!r})
+""", HF_TOKEN='')
+    assert "there is no repository nobody/nothing on the Hub" in done.err
+    assert f"{PROJECT} has no revision 'v9'" in done.err and 'x.png: not found' in done.err
+
+
+def test_every_python_block_of_a_card_runs_as_printed(session, on_the_hub):
+    done = session(f"""
+import re
+text = Path({str(session.folder / 'README.md')!r}).read_text()
+for code in re.findall(r'^```python\\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
+    exec(code, {{}})
+    print('ran')
+""")
+    assert done.lines.count('ran') == 3 and ' % ' in done.lines[0]
+    shapes = [line for line in done.lines if line.startswith('(2,')]
+    card = (session.folder / 'README.md').read_text().splitlines()
+    assert shapes == [line[4:] for line in card if line.startswith('#   (')]
