@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import convnn_timm
+import convnn_timm  # noqa: F401, registers the models
 from convnn_timm import layers
 from convnn_timm.ops import reference
 

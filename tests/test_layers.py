@@ -86,7 +86,8 @@ def test_loc_selects_the_nearest_positions_at_the_border_too(K, padding):
 
 
 @pytest.mark.parametrize('args', [
-    dict(magnitude_type='cosine'), dict(sampling_type='spatial', num_samples=4), dict(sampling_type='random', num_samples=20)])
+    dict(magnitude_type='cosine'), dict(sampling_type='spatial', num_samples=4),
+    dict(sampling_type='random', num_samples=20)])
 def test_loc_with_a_search_is_in_raster_order_and_the_same_for_all_images(args):
     layer = ConvNN2d(3, 4, **{**LOC, **args}).eval()
     index = layer.neighbors(image(2, 3, 8, 8))
@@ -105,7 +106,8 @@ def test_the_token_itself_is_first_and_dead_tokens_take_the_lowest_indices():
 
 
 @pytest.mark.parametrize('magnitude_type', ['cosine', 'euclidean'])
-@pytest.mark.parametrize('K, padding, size', [(9, 1, (6, 6)), (9, 1, (2, 2)), (25, 2, (3, 4)), (12, 3, (1, 5)), (9, 1, (4, 1))])
+@pytest.mark.parametrize('K, padding, size', [
+    (9, 1, (6, 6)), (9, 1, (2, 2)), (25, 2, (3, 4)), (12, 3, (1, 5)), (9, 1, (4, 1))])
 def test_leaving_out_padded_tokens_changes_nothing(size, padding, K, magnitude_type):
     """Only the first K - 1 padded tokens are candidates. The definition, over all of them, selects the same."""
     layer = ConvNN2d(3, 4, K=K, padding=padding, magnitude_type=magnitude_type)
@@ -185,7 +187,8 @@ def test_random_sampling_draws_anew_in_training_and_never_in_evaluation():
     assert 6 < len(layer.neighbors(x)[..., 1:].unique()) <= 12
 
 
-@pytest.mark.parametrize('args', [dict(sampling_type='random', num_samples=200), dict(sampling_type='spatial', num_samples=11)])
+@pytest.mark.parametrize('args', [
+    dict(sampling_type='random', num_samples=200), dict(sampling_type='spatial', num_samples=11)])
 def test_samples_that_cover_the_map_are_all(args):
     x = image(2, 3, 10, 10)
     torch.testing.assert_close(ConvNN2d(3, 4, **args).neighbors(x), ConvNN2d(3, 4).neighbors(x))

@@ -5,7 +5,7 @@ import torch
 from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
-import convnn_timm
+import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import LAYER_TYPES, layer_arguments
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
@@ -160,7 +160,8 @@ def test_weights_are_adapted_to_one_input_channel():
 def test_a_checkpoint_that_lacks_tensors_is_an_error_and_not_a_silent_load():
     model = timm.create_model('resnet18_convnn', **NARROW)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith('layer3.')}
-    with pytest.raises(RuntimeError, match='the checkpoint lacks 25 tensors of ConvNNResNet, among them layer3.0.conv1.weight'):
+    message = 'the checkpoint lacks 25 tensors of ConvNNResNet, among them layer3.0.conv1.weight'
+    with pytest.raises(RuntimeError, match=message):
         timm.create_model(
             'resnet18_convnn', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith('fc.')}

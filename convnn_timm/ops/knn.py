@@ -128,16 +128,15 @@ def _topk_lowest_index(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch
     torch.topk leaves ties to chance. Ties show as equal neighbours among the k + 1 largest values; only rows that have
     some are done again (on a GPU all rows, for the question would wait for the device).
     """
+    if score.device.type != 'cpu':
+        return _resolve_ties(score, score.topk(k).values, k)
     value, index = score.topk(min(k + 1, score.shape[1]))
-    tied = (value[:, 1:] == value[:, :-1]).any(1)
+    rows = (value[:, 1:] == value[:, :-1]).any(1).nonzero().squeeze(1)
     value, index = value[:, :k], index[:, :k]
-    if score.device.type == 'cpu':
-        rows = tied.nonzero().squeeze(1)
-        if rows.numel() == 0:
-            return value, index
-        tied_value, tied_index = _resolve_ties(score[rows], value[rows], k)
-        return value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied_index)
-    return _resolve_ties(score, value, k)
+    if rows.numel() == 0:
+        return value, index
+    tied_value, tied_index = _resolve_ties(score[rows], value[rows], k)
+    return value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied_index)
 
 
 def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
