@@ -93,7 +93,7 @@ class _ConvNNAttention(NeighborLayer):
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         x, size = self.enter(x)
-        x = self.aggregated(x)
+        x = self.aggregated(self.pad(x))
         index, attention = self._attend(x, size)
         values = map_to_tokens(self.w_v(x))
         y = neighbor_conv(values, index, self.weight.flatten(2), self.bias, attention, groups=self.token_channels)
@@ -107,7 +107,7 @@ class _ConvNNAttention(NeighborLayer):
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
         x, size = self.enter(x)
-        return self._attend(self.aggregated(x), size)[0]
+        return self._attend(self.aggregated(self.pad(x)), size)[0]
 
     def _attend(self, x: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """Neighbours (B, Q, K) of the kept positions of the padded map x, and their attention weights."""

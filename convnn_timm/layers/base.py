@@ -32,8 +32,8 @@ def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
 class NeighborLayer(ScriptedWhole):
     """Arguments, checks and token bookkeeping of a layer that selects neighbours.
 
-    Forward is `enter` (unshuffle, pad), select, aggregate, `leave` (tokens to map, shuffle). Tokens are the positions of
-    the padded map in raster order; every index speaks of them.
+    Forward is `enter` (check, unshuffle), `pad`, select, aggregate, `leave` (tokens to map, shuffle). Tokens are the
+    positions of the padded map in raster order; every index speaks of them.
     """
     axes: int  # of the map: 1 or 2
 
@@ -93,18 +93,20 @@ class NeighborLayer(ScriptedWhole):
         self.token_out_channels = out_channels * (squared if shuffle_pattern in ('A', 'BA') else 1)
 
     def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, ...]]:
-        """Check, unshuffle and zero-pad x; return the padded map and the size of the unpadded one."""
+        """Check and unshuffle x; return the map and its size."""
         check_input(x, self.axes, self.in_channels)
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         size = tuple(x.shape[2:])
-        x = F.pad(x, (self.padding,) * (2 * self.axes))
-        tokens = x.shape[2:].numel()
+        tokens = torch.Size(n + 2 * self.padding for n in size).numel()
         if tokens < self.K:
             raise ValueError(
                 f'K={self.K} neighbours need as many tokens, but a map of {" x ".join(map(str, size))} with '
                 f'padding={self.padding} has {tokens}: use a larger input or a smaller K')
         return x, size
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (self.padding,) * (2 * self.axes))
 
     def leave(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Tokens (B, Q, C) of the unpadded map `size` back to a map (B, C, *size / stride), shuffled."""

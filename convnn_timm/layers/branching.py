@@ -5,8 +5,10 @@ import torch
 import torch.nn as nn
 
 from .attention import ConvNNAttention1d, ConvNNAttention2d
-from .base import NeighborLayer, check_input
+from .base import NeighborLayer, check_choice, check_input
 from .convnn import ConvNN1d, ConvNN2d
+
+POINTWISE_INITS = ('random', 'identity', 'zero')
 
 __all__ = ['Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAttention2d']
 
@@ -24,6 +26,8 @@ class _Hybrid(nn.Module):
             kernel_size: int,
             stride: int,
             branch_ratio: float,
+            branch_norm: bool,
+            pointwise_init: str,
             bias: bool,
             dd: Dict[str, Any],
             **neighbor_args,
@@ -31,6 +35,7 @@ class _Hybrid(nn.Module):
         super().__init__()
         if not 0 <= branch_ratio <= 1:
             raise ValueError(f'branch_ratio must lie in [0, 1], got {branch_ratio}')
+        check_choice('pointwise_init', pointwise_init, POINTWISE_INITS)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, so that both branches keep the size of the map, got {kernel_size}')
         if neighbor_args['shuffle_pattern'] in ('A', 'B') and neighbor_args['shuffle_scale'] > 1:
@@ -40,13 +45,14 @@ class _Hybrid(nn.Module):
         neighbor_channels = int(out_channels * branch_ratio)
         conv_channels = out_channels - neighbor_channels
         axes = self.neighbor_layer.axes
-        conv = nn.Conv2d if axes == 2 else nn.Conv1d
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if axes == 2 else (nn.Conv1d, nn.BatchNorm1d)
         self.axes = axes
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
         self.shuffle_scale = neighbor_args['shuffle_scale']
         self.branch_ratio = branch_ratio
+        self.pointwise_init = pointwise_init
         self.branch1 = self.branch2 = None
         if neighbor_channels:
             self.branch1 = self.neighbor_layer(
@@ -56,7 +62,18 @@ class _Hybrid(nn.Module):
         if conv_channels:
             self.branch2 = conv(
                 in_channels, conv_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias, **dd)
+        self.branch_norm = norm(out_channels, **dd) if branch_norm else None
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
+        self.init_pointwise()
+
+    @torch.no_grad()
+    def init_pointwise(self) -> None:
+        """Start the 1x1 convolution as `pointwise_init` asks; a random weight stays as it is."""
+        weight = self.pointwise_conv.weight
+        if self.pointwise_init == 'identity':
+            weight.copy_(torch.eye(len(weight), device=weight.device).view_as(weight))
+        elif self.pointwise_init == 'zero' and self.branch1 is not None and self.branch2 is not None:
+            weight[:, :self.branch1.out_channels].zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -72,10 +89,12 @@ class _Hybrid(nn.Module):
                     f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
                     f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
             x = torch.cat([x1, x2], dim=1)
+        if self.branch_norm is not None:
+            x = self.branch_norm(x)
         return self.pointwise_conv(x)
 
     def extra_repr(self) -> str:
-        return f'branch_ratio={self.branch_ratio}'
+        return f'branch_ratio={self.branch_ratio}, pointwise_init={self.pointwise_init}'
 
 
 _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convolution.
@@ -89,6 +108,9 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         kernel_size: Odd side of the convolution's window.
         stride: Stride of both branches.
         branch_ratio: Share of the outputs that come from {layer}, in [0, 1].
+        branch_norm: Normalise both branches' outputs over the batch before they are mixed. (Not in the paper.)
+        pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as they
+            are; 'zero', random without {layer}'s outputs, which it learns to use.
         bias: Learn biases in both branches and the 1x1 convolution.
         (others): Arguments of {layer}.
 
@@ -117,12 +139,15 @@ class _Branching(_Hybrid):
             aggregation_type: str = 'Col',
             lambda_param: float = 0.5,
             branch_ratio: float = 0.5,
+            branch_norm: bool = False,
+            pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, bias, {'device': device, 'dtype': dtype},
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, pointwise_init, bias,
+            {'device': device, 'dtype': dtype},
             K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
             shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
             similarity_type=similarity_type, aggregation_type=aggregation_type, lambda_param=lambda_param)
@@ -157,12 +182,15 @@ class _BranchingAttention(_Hybrid):
             aggregation_type: str = 'Col',
             attention_dropout: float = 0.1,
             branch_ratio: float = 0.5,
+            branch_norm: bool = False,
+            pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, bias, {'device': device, 'dtype': dtype},
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, pointwise_init, bias,
+            {'device': device, 'dtype': dtype},
             K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
             shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
             aggregation_type=aggregation_type, attention_dropout=attention_dropout)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops.chunks import widen
-from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, map_to_tokens, with_own_first
+from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, map_to_tokens
 from .coordinates import centered_positions, similarity_coordinates
+from .sampling import unpadded_positions
 from .script import layer_spec
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
@@ -96,23 +97,57 @@ class _ConvNN(NeighborLayer):
         x, size = self.enter(x)
         window = self._convolution_window()
         if window is not None:
-            return self.leave_map(self._convolve(self.aggregated(x), window))
-        index = self._select(x, size)
-        y = neighbor_conv(map_to_tokens(self.aggregated(x)), index, self.weight.flatten(2), self.bias)
-        return self.leave(y, size)
+            return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
+        weight, padded = self.weight.flatten(2), self.pad(x)
+        if self.similarity_type == 'Loc':  # ranks in raster order
+            tokens = map_to_tokens(self.aggregated(padded))
+            return self.leave(neighbor_conv(tokens, self._select(padded, size), weight, self.bias), size)
+        # Rank 0 is the position itself: a 1x1 convolution.
+        y = self._pointwise(x, padded, size)
+        if self.K > 1:
+            positions, index = self._search(self.similarity_features(padded), size)
+            if 2 * len(positions) < padded.shape[2:].numel():
+                tokens = self._tokens_at(positions, x, padded, size)
+            else:
+                tokens, index = map_to_tokens(self.aggregated(padded)), positions[index]
+            y = y + self.to_map(neighbor_conv(tokens, index, weight[..., 1:]), size)
+        return self.leave_map(y)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
-        return self._select(*self.enter(x))
+        x, size = self.enter(x)
+        return self._select(self.pad(x), size)
 
-    @torch.no_grad()
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Neighbours (B, Q, K) of the kept positions of the padded map x."""
         B, padded_size = x.shape[0], tuple(x.shape[2:])
         if self.similarity_type == 'Loc':
             return self._select_by_location(size, padded_size, x.device).expand(B, -1, -1)
-        return self._search(self.similarity_features(x), size)
+        return self._own_and_search(self.similarity_features(x), size)
 
+    def _pointwise(self, x: torch.Tensor, padded: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """The kept positions convolved with the weight of rank 0: a map."""
+        if self.aggregation_type == 'Loc_Col':
+            x = self.aggregated(padded)
+            for axis, n in enumerate(size, start=2):
+                x = x.narrow(axis, self.padding, n)
+        conv = F.conv2d if self.axes == 2 else F.conv1d
+        return conv(x, self.weight[:, :, :1], self.bias, self.stride)
+
+    def _tokens_at(
+            self,
+            positions: torch.Tensor,
+            x: torch.Tensor,
+            padded: torch.Tensor,
+            size: Tuple[int, ...],
+    ) -> torch.Tensor:
+        """Tokens (B, M, C) at a few positions of the padded map, taken from x so that no gradient takes the way around."""
+        if self.aggregation_type == 'Loc_Col':
+            return map_to_tokens(self.aggregated(padded)).index_select(1, positions)
+        place, inside = unpadded_positions(positions, size, self.padding)
+        return map_to_tokens(x).index_select(1, place) * inside.unsqueeze(-1)
+
+    @torch.no_grad()
     def similarity_features(self, x: torch.Tensor) -> torch.Tensor:
         """What is compared, of the padded map x: its features, for 'Loc_Col' scaled and joined with coordinates."""
         if self.similarity_type != 'Loc_Col':
@@ -134,18 +169,25 @@ class _ConvNN(NeighborLayer):
             p = self.padding
             stops = tuple(p + n for n in size)
             return grid_neighbors(padded_size, self.K, (p,) * self.axes, self.stride, stops, device).unsqueeze(0)
-        return self._search(centered_positions(padded_size, device).unsqueeze(0), size).sort(dim=-1).values
+        return self._own_and_search(centered_positions(padded_size, device).unsqueeze(0), size).sort(dim=-1).values
 
-    def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Neighbours by the features (B, C, *padded_size) that are compared."""
-        queries = self.queries(size, features.device)
+    def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, every position itself first."""
+        own = self.queries(size, features.device).unsqueeze(-1).expand(features.shape[0], -1, -1)
         if self.K == 1:
-            return with_own_first(queries, None, features.shape[0])
-        tokens = map_to_tokens(features)
+            return own
+        positions, index = self._search(features, size)
+        return torch.cat([own, positions[index]], dim=-1)
+
+    def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The candidates' raster indices (M,), and which of them are a position's K - 1 other neighbours (B, Q, K - 1)."""
+        queries = self.queries(size, features.device)
         positions, own_place = self.candidates(size, queries, equal_padding=self.similarity_type == 'Col')
-        index, _ = knn(
-            tokens.index_select(1, queries), tokens.index_select(1, positions), self.K - 1, self.magnitude_type, own_place)
-        return with_own_first(queries, positions[index], features.shape[0])
+        with torch.no_grad():
+            tokens = map_to_tokens(features)
+            query, candidates = tokens.index_select(1, queries), tokens.index_select(1, positions)
+            index, _ = knn(query, candidates, self.K - 1, self.magnitude_type, own_place)
+        return positions, index
 
     def _convolution_window(self) -> Optional[int]:
         """Side of the window that the neighbours fill wherever they are, if they do: then this is a convolution."""

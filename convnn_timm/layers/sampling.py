@@ -6,7 +6,7 @@ from typing import Optional, Tuple
 
 import torch
 
-__all__ = ['SAMPLING_TYPES', 'candidate_positions', 'inner_positions']
+__all__ = ['SAMPLING_TYPES', 'candidate_positions', 'inner_positions', 'unpadded_positions']
 
 SAMPLING_TYPES = ('all', 'random', 'spatial')
 
@@ -19,6 +19,21 @@ def inner_positions(
 ) -> torch.Tensor:
     """Raster indices, in the padded map, of the unpadded positions 0, stride, 2 stride, ... of each axis."""
     return _raster(size, padding, [torch.arange(0, n, stride, device=device) for n in size])
+
+
+def unpadded_positions(
+        positions: torch.Tensor,
+        size: Tuple[int, ...],
+        padding: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Raster indices, in the unpadded map, of positions (M,) of the padded one, and whether they lie in it."""
+    place, inside, pitch = 0, True, 1
+    for n in reversed(size):
+        step = positions % (n + 2 * padding) - padding
+        inside = (step >= 0) & (step < n) & inside
+        place = place + step * pitch
+        positions, pitch = positions // (n + 2 * padding), pitch * n
+    return torch.where(inside, place, 0), inside
 
 
 def candidate_positions(

@@ -34,6 +34,8 @@ def init_convnn_weights(model: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+        elif isinstance(m, (Branching2d, BranchingAttention2d)):
+            m.init_pointwise()
 
 
 def add_input_noise(x: torch.Tensor, std: float, training: bool) -> torch.Tensor:

@@ -1,15 +1,18 @@
 """Aggregate over neighbours: a convolution whose window is an index, one weight matrix per neighbour rank.
 
-Gather the K rows of every query, then one matrix product with the (K * C) x O weight, chunk by chunk. Backward gathers
-again: nothing K times the size of the input is ever kept.
+Gather first: the K rows of every query, then one product with the weights of all ranks. Or multiply first: every token
+with the weights of all ranks, then for every query the sum of K of these products; cheaper where there are fewer tokens
+than queries (sampled candidates) or fewer outputs than inputs. Either way chunk by chunk, and backward does it again:
+nothing K times the size of the input is ever kept.
 """
 from typing import Iterator, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .chunks import batch_chunks, no_autocast, once_differentiable, widen
+from .chunks import CHUNK_BYTES, batch_chunks, no_autocast, once_differentiable, widen
 from .paths import choose
 
 __all__ = ['neighbor_conv']
@@ -71,22 +74,65 @@ def _neighbor_conv(
     if choose('neighbor_conv', x, weight, groups) == 'triton':
         from .triton.neighbor_conv import neighbor_conv as triton_neighbor_conv
         return triton_neighbor_conv(x, index, weight, bias, score, groups)
-    B, Q, K = index.shape
-    O = weight.shape[0]
-    y = x.new_empty((B, Q, O))
-    matrix = _rank_major(weight, groups)
+    y = x.new_empty((*index.shape[:2], weight.shape[0]))
+    forward = _multiply_and_sum if multiplies_first(x, index, weight) else _gather_and_multiply
     with no_autocast(x):
-        for b, q, rows in _gather(x, index):
-            if score is not None:
-                rows = rows * score[b, q].reshape(-1, K, 1)
-            out = _grouped_product(rows, matrix)
-            y[b, q] = (out if bias is None else out + bias).reshape(-1, out.shape[0] // (b.stop - b.start), O)
-    return y
+        forward(y, x, index, weight, score, groups)
+        return y if bias is None else y.add_(bias)
 
 
 @_neighbor_conv.register_fake
 def _(x, index, weight, bias, score, groups):
     return x.new_empty((*index.shape[:2], weight.shape[0]))
+
+
+def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether to multiply first: by the cost of both orders, and only where the products of one image fit a chunk."""
+    (T, C), (Q, K), (O, group_channels, _) = x.shape[1:], index.shape[1:], weight.shape
+    if (T + Q) * K * O * x.element_size() > CHUNK_BYTES:
+        return False
+    move = 5  # multiplications in the time of moving a number there and, in backward, back
+    return T * O * group_channels + (T + Q) * O * move < Q * O * group_channels + 2 * Q * C * move
+
+
+# Gather first
+
+def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
+    matrix = _rank_major(weight, groups)
+    for b, q, rows in _gather(x, index):
+        if score is not None:
+            rows = rows * score[b, q].reshape(*rows.shape[:2], 1)
+        y[b, q] = _grouped_product(rows, matrix).view(b.stop - b.start, -1, y.shape[2])
+
+
+def _gather_backward(grad, x, index, weight, score, groups):
+    (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
+    matrix = _rank_major(weight, groups)
+    grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
+    grad_matrix = widen(matrix.new_zeros(groups, O // groups, K * C // groups))
+    grad_score = None if score is None else torch.empty_like(score)
+    depthwise = groups == C == O
+    for b, q, rows in _gather(x, index):
+        g = grad[b, q].reshape(-1, O)
+        s = None if score is None else score[b, q].reshape(-1, K, 1)
+        scaled = rows if s is None else rows * s
+        if groups == 1:
+            grad_rows = (g @ matrix[0].T).view_as(rows)
+            grad_matrix += g.T @ scaled.flatten(1)
+        elif depthwise:
+            grad_rows = g.unsqueeze(1) * matrix[..., 0].T
+            grad_matrix += (scaled * g.unsqueeze(1)).sum(0).T.unsqueeze(1)
+        else:
+            g = g.unflatten(1, (groups, -1)).transpose(0, 1)
+            grad_rows = torch.bmm(g, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
+            grad_matrix += torch.bmm(g.mT, _split_groups(scaled, groups))
+        if s is not None:
+            grad_score[b, q] = (grad_rows * rows).sum(-1).view(index[b, q].shape)
+            grad_rows = grad_rows * s
+        tokens = grad_x[b].flatten(0, 1)
+        tokens += _sum_by_place(grad_rows.flatten(0, 1), _flat(index[b, q], T), len(tokens))
+    grad_weight = grad_matrix.to(weight.dtype).unflatten(2, (K, -1))
+    return grad_x, grad_weight.flatten(0, 1), grad_score
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice, torch.Tensor]]:
@@ -99,12 +145,6 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice
         buffer = x.new_empty(len(rows), C) if buffer is None else buffer
         torch.index_select(x[b].view(-1, C), 0, rows, out=buffer[:len(rows)])
         yield b, q, buffer[:len(rows)].view(-1, K, C)
-
-
-def _flat(index: torch.Tensor, T: int) -> torch.Tensor:
-    """Row numbers in the flattened (n * T, C) tokens of an (n, q, K) index."""
-    first = torch.arange(0, index.shape[0] * T, T, device=index.device)
-    return (index + first[:, None, None]).reshape(-1)
 
 
 def _rank_major(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -125,6 +165,98 @@ def _grouped_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     if matrix.shape[0] == rows.shape[2] and matrix.shape[2] == 1:  # depthwise
         return (rows * matrix[..., 0].T).sum(1)
     return torch.bmm(_split_groups(rows, matrix.shape[0]), matrix).transpose(0, 1).flatten(1)
+
+
+# Multiply first
+
+def _multiply_and_sum(y, x, index, weight, score, groups) -> None:
+    for b, tokens, place in _tokens_and_places(x, index, weight):
+        products = _products(tokens, weight, groups).flatten(0, 1)
+        weights = None if score is None else score[b].reshape(place.shape)
+        y[b] = F.embedding_bag(place, products, mode='sum', per_sample_weights=weights).view_as(y[b])
+
+
+def _multiply_backward(grad, x, index, weight, score, groups):
+    K, O = index.shape[2], weight.shape[0]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1]))
+    grad_score = None if score is None else torch.empty_like(score)
+    for b, tokens, place in _tokens_and_places(x, index, weight):
+        g = grad[b].reshape(-1, O)
+        weights = None
+        if score is not None:
+            products = _products(tokens, weight, groups).flatten(0, 1)
+            grad_score[b] = (products[place] * g.unsqueeze(1)).sum(-1).view_as(score[b])
+            weights = score[b].flatten()
+        query = torch.arange(len(g), device=g.device).repeat_interleave(K)
+        g = _sum_by_place(g, place.flatten(), len(tokens) * K, query, weights).view(-1, K, O)
+        grad_tokens, part = _products_backward(g, tokens, weight, groups)
+        grad_x[b] = grad_tokens.view_as(x[b])
+        grad_weight += part
+    return grad_x, grad_weight.to(weight.dtype).transpose(1, 2).flatten(0, 1), grad_score
+
+
+def _tokens_and_places(
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Chunks of images, their tokens (n * T, C), and the rows (n * Q, K) of the tokens' (n * T * K) products that the
+    queries name.
+    """
+    (B, T, _), (_, Q, K), O = x.shape, index.shape, weight.shape[0]
+    rank = torch.arange(K, device=x.device)
+    for b, _ in batch_chunks(B, 1, (T + Q) * K * O * x.element_size()):
+        yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K) * K + rank
+
+
+def _products(tokens: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """(N, C) times the weight (O, C / groups, K) of every rank: (N, K, O)."""
+    O, C, K = weight.shape
+    if groups == 1:
+        return (tokens @ weight.permute(1, 2, 0).reshape(C, -1)).view(-1, K, O)
+    if C == 1 and groups == O:  # depthwise
+        return tokens.unsqueeze(1) * weight[:, 0].T
+    tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+    matrix = weight.unflatten(0, (groups, -1)).permute(0, 2, 3, 1).flatten(2)
+    return torch.bmm(tokens, matrix).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+def _products_backward(grad, tokens, weight, groups) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `_products` to tokens, and to weight as (groups, K, O / groups, C / groups)."""
+    O, C, K = weight.shape
+    if groups == 1:
+        grad = grad.flatten(1)
+        return grad @ weight.permute(2, 0, 1).reshape(-1, C), (grad.T @ tokens).view(1, K, O, C)
+    if C == 1 and groups == O:
+        return (grad * weight[:, 0].T).sum(1), (grad * tokens.unsqueeze(1)).sum(0).T.reshape(groups, K, 1, 1)
+    grad = grad.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
+    tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+    matrix = weight.unflatten(0, (groups, -1)).permute(0, 3, 1, 2).flatten(1, 2)
+    grad_tokens = torch.bmm(grad, matrix).transpose(0, 1).flatten(1)
+    return grad_tokens, torch.bmm(grad.mT, tokens).unflatten(1, (K, -1))
+
+
+# Both
+
+def _flat(index: torch.Tensor, T: int) -> torch.Tensor:
+    """Row numbers in the flattened (n * T, C) tokens of an (n, q, K) index."""
+    first = torch.arange(0, index.shape[0] * T, T, device=index.device)
+    return (index + first[:, None, None]).reshape(-1)
+
+
+def _sum_by_place(
+        rows: torch.Tensor,
+        place: torch.Tensor,
+        count: int,
+        source: Optional[torch.Tensor] = None,
+        weights: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """`out[place[i]] += weights[i] * rows[source[i]]`, (count, C). Sorted by place: fast on a CPU, the same order always."""
+    place, order = place.sort(stable=True)
+    start = torch.searchsorted(place, torch.arange(count, device=place.device))
+    weights = None if weights is None else weights[order]
+    return F.embedding_bag(order if source is None else source[order], rows, start, mode='sum', per_sample_weights=weights)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -156,46 +288,18 @@ def _neighbor_conv_backward(
     if choose('neighbor_conv', x, weight, groups) == 'triton':
         from .triton.neighbor_conv import neighbor_conv_backward
         return neighbor_conv_backward(grad, x, index, weight, score, groups)
-    (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
-    matrix = _rank_major(weight, groups)
-    grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
-    grad_matrix = None  # (groups, O / groups, K * C / groups)
-    grad_score = x.new_empty(index.shape if score is not None else (0,))
-    depthwise = groups == C == O
+    backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
     with no_autocast(x):
-        for b, q, rows in _gather(x, index):
-            g = grad[b, q].reshape(-1, O)
-            s = None if score is None else score[b, q].reshape(-1, K, 1)
-            scaled = rows if s is None else rows * s
-            if groups == 1:
-                grad_rows = (g @ matrix[0].T).reshape_as(rows)
-                part = (g.T @ scaled.flatten(1)).unsqueeze(0)
-            elif depthwise:
-                grad_rows = g.unsqueeze(1) * matrix[..., 0].T
-                part = (scaled * g.unsqueeze(1)).sum(0).T.unsqueeze(1)
-            else:
-                g = g.unflatten(1, (groups, -1)).transpose(0, 1)
-                grad_rows = torch.bmm(g, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
-                part = torch.bmm(g.mT, _split_groups(scaled, groups))
-            grad_matrix = widen(part) if grad_matrix is None else grad_matrix.add_(part)
-            if s is not None:
-                grad_score[b, q] = (grad_rows * rows).sum(-1).reshape(index[b, q].shape)
-                grad_rows = grad_rows * s
-            grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
-    if grad_matrix is None:
-        grad_matrix = matrix.new_zeros(groups, O // groups, K * C // groups)
-    return grad_x.to(x.dtype), _weight_layout(grad_matrix.to(weight.dtype), K), grad_score
-
-
-def _weight_layout(matrix: torch.Tensor, K: int) -> torch.Tensor:
-    """(groups, O / groups, K * C / groups) -> (O, C / groups, K), in memory rank by rank like a channels_last weight."""
-    return matrix.contiguous().unflatten(2, (K, -1)).transpose(2, 3).flatten(0, 1)
+        grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups)
+    # Rank by rank in memory, like a channels_last weight.
+    grad_weight = grad_weight.contiguous().transpose(1, 2)
+    return grad_x.to(x.dtype), grad_weight, x.new_empty(0) if grad_score is None else grad_score
 
 
 @_neighbor_conv_backward.register_fake
 def _(grad, x, index, weight, score, groups):
     (O, C, K), shape = weight.shape, index.shape if score is not None else (0,)
-    return x.new_empty(x.shape), _weight_layout(weight.new_empty(groups, O // groups, K * C), K), x.new_empty(shape)
+    return x.new_empty(x.shape), weight.new_empty(O, K, C).transpose(1, 2), x.new_empty(shape)
 
 
 once_differentiable(_neighbor_conv_backward)
