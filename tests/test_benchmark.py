@@ -91,6 +91,33 @@ def test_peak_memory_of_a_backward_pass(benchmark):
     assert x.grad is None
 
 
+def layer_peak(benchmark, layer, side):
+    x = torch.rand(1, layer.conv.in_channels if hasattr(layer, 'conv') else layer.in_channels, side, side)
+    step = benchmark.layer_step(layer, x.requires_grad_(), True, lambda: torch.autocast('cpu', enabled=False))
+    return benchmark.peak_memory(step, CPU)
+
+
+def test_a_layers_memory_grows_with_tokens_the_originals_with_their_square(benchmark):
+    """Forward and backward, 9 neighbours among all tokens. The chunks' fixed budget makes the layer's growth less yet."""
+    layer, original = ConvNN2d(4, 4), benchmark.OriginalConvNN2d(4, 4)
+    small, large = (layer_peak(benchmark, layer, side) for side in (32, 64))
+    assert large < 4 * small
+    assert large < 66 ** 4 * 4 / 3  # no token by token matrix
+    small, large = (layer_peak(benchmark, original, side) for side in (32, 64))
+    assert large > 12 * small
+
+
+def test_backward_keeps_no_gathered_tokens(benchmark):
+    """64 channels, where the original keeps 9 times the input and more."""
+    layer, original = ConvNN2d(64, 64, sampling_type='random', num_samples=64), benchmark.OriginalConvNN2d(64, 64)
+    assert layer_peak(benchmark, layer, 32) < layer_peak(benchmark, original, 32) / 6
+
+
+@pytest.mark.slow
+def test_a_layer_on_a_large_map_stays_within_two_gigabytes(benchmark):
+    assert layer_peak(benchmark, ConvNN2d(64, 64), 224) < 2 * 10 ** 9
+
+
 def test_a_model_step_leaves_the_weights(benchmark):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))

@@ -1,6 +1,9 @@
 """Every op against its definition in ops/reference.py: values, indices and gradients."""
+import sys
+
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
 from convnn_timm.ops import chunks
@@ -9,6 +12,11 @@ from convnn_timm.ops import chunks
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
 def chunk_bytes(request, monkeypatch):
     monkeypatch.setattr(chunks, 'CHUNK_BYTES', request.param)
+
+
+@pytest.fixture(params=[False, True], ids=['gather first', 'multiply first'])
+def order(request, monkeypatch):
+    monkeypatch.setattr(sys.modules['convnn_timm.ops.neighbor_conv'], 'multiplies_first', lambda *args: request.param)
 
 
 def tokens(*shape, dtype=torch.float64, seed=0, ties=False):
@@ -114,9 +122,9 @@ def test_grid_neighbors_selects_what_the_definition_selects(size, k):
 
 
 @pytest.mark.parametrize('B, T, C, O, Q, K, groups', [
-    (2, 12, 4, 6, 5, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6), (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
+    (2, 12, 4, 6, 5, 3, 1), (3, 4, 4, 6, 25, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6), (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
 @pytest.mark.parametrize('scored', [False, True])
-def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, B, T, C, O, Q, K, groups, scored):
+def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, order, B, T, C, O, Q, K, groups, scored):
     def run(fn):
         x, weight = tokens(B, T, C).requires_grad_(), tokens(O, C // groups, K, seed=1).requires_grad_()
         bias, score = tokens(O, seed=2).requires_grad_(), tokens(B, Q, K, seed=3).requires_grad_()
@@ -128,7 +136,7 @@ def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, B, T, 
     torch.testing.assert_close(run(neighbor_conv), run(reference.neighbor_conv), rtol=1e-11, atol=1e-11)
 
 
-def test_neighbor_conv_gradcheck():
+def test_neighbor_conv_gradcheck(order):
     index = torch.randint(6, (2, 4, 3), generator=torch.Generator().manual_seed(0))
     for groups in 1, 2, 4:
         inputs = [tokens(2, 6, 4), index, tokens(4, 4 // groups, 3, seed=1), tokens(4, seed=2), tokens(2, 4, 3, seed=3)]
@@ -136,13 +144,13 @@ def test_neighbor_conv_gradcheck():
         assert torch.autograd.gradcheck(lambda *t: neighbor_conv(*t, groups), inputs)
 
 
-def test_neighbor_conv_takes_any_memory_layout():
+def test_neighbor_conv_takes_any_memory_layout(order):
     x, index = tokens(2, 4, 10).mT, torch.randint(10, (1, 10, 3)).expand(2, -1, -1)
     weight = tokens(3, 5, 4).permute(2, 0, 1)[:, :, :3].mT.mT.reshape(4, 3, 3)[:, :1].expand(4, 4, 3)
     torch.testing.assert_close(neighbor_conv(x, index, weight), reference.neighbor_conv(x, index, weight))
 
 
-def test_neighbor_conv_under_autocast_computes_like_a_convolution():
+def test_neighbor_conv_under_autocast_computes_like_a_convolution(order):
     x, index, weight = tokens(2, 9, 4, dtype=torch.float32), torch.randint(9, (2, 9, 3)), torch.randn(5, 4, 3)
     x.requires_grad_()
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -151,6 +159,76 @@ def test_neighbor_conv_under_autocast_computes_like_a_convolution():
     torch.testing.assert_close(y.float(), reference.neighbor_conv(x, index, weight), rtol=0.05, atol=0.1)
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scored', [False, True])
+@pytest.mark.parametrize('groups', [1, 8])
+def test_neighbor_conv_in_narrow_dtypes(order, dtype, scored, groups):
+    """One rounding more than the definition at most, also where hundreds of gradients meet in one token."""
+    def run(fn, dtype):
+        inputs = tokens(2, 6, 8), tokens(8, 8 // groups, 4, seed=1) / 4, tokens(8, seed=2), tokens(2, 300, 4, seed=3) / 8
+        x, weight, bias, score = [t.to(narrow).to(dtype).requires_grad_() for t in inputs]
+        index = torch.randint(6, (2, 300, 4), generator=torch.Generator().manual_seed(4))
+        y = fn(x, index, weight, bias, score if scored else None, groups)
+        y.backward(tokens(*y.shape, seed=5).to(narrow).to(dtype))
+        return [y, x.grad, weight.grad] + [score.grad] * scored
+
+    narrow = dtype
+    for ours, exact in zip(run(neighbor_conv, dtype), run(reference.neighbor_conv, torch.float64)):
+        assert ours.dtype == dtype
+        scale = exact.abs().amax()
+        assert (ours.double() - exact).abs().amax() < 4 * torch.finfo(dtype).eps * scale
+
+
+def test_neighbor_conv_gives_the_same_numbers_each_time(order):
+    x, weight, score = torch.randn(4, 50, 16), torch.randn(8, 16, 5), torch.rand(4, 200, 5)
+    index = torch.randint(50, (4, 200, 5))
+    runs = []
+    for _ in range(3):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, score)]
+        y = neighbor_conv(inputs[0], index, inputs[1], None, inputs[2])
+        y.square().sum().backward()
+        runs.append([y, *(t.grad for t in inputs)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.parametrize('T, Q, C, O, first', [
+    (64, 1024, 64, 64, True), (64, 64, 256, 128, True),  # few candidates; outputs fewer than inputs
+    (1032, 1024, 64, 64, False), (1032, 256, 64, 128, False),  # as many tokens as queries; strided
+    (50176, 50176, 64, 8, False),  # products that would not fit a chunk
+])
+def test_multiplies_first_where_that_is_less_work(T, Q, C, O, first):
+    multiplies_first = sys.modules['convnn_timm.ops.neighbor_conv'].multiplies_first
+    x, index, weight = (torch.empty(s, device='meta') for s in ((1, T, C), (1, Q, 8), (O, C, 8)))
+    assert multiplies_first(x, index, weight) == first
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data):
+    """Selection, then aggregation over what was selected, for shapes that nobody thought of; ties included."""
+    B, Q, M, C, O = (data.draw(st.integers(1, n), name) for name, n in zip('BQMCO', (3, 40, 40, 9, 5)))
+    K = data.draw(st.integers(1, M), 'K')
+    metric = data.draw(st.sampled_from(['cosine', 'euclidean']), 'metric')
+    ties, own = data.draw(st.booleans(), 'ties'), data.draw(st.booleans(), 'exclude')
+    C = 1 if ties and metric == 'cosine' else C  # else the same cosine comes out with another last bit
+    query, candidates = tokens(B, Q, C, ties=ties), tokens(B, M, C, seed=1, ties=ties)
+    exclude = torch.arange(Q).remainder(M + 1) - 1 if own else None
+
+    index, score = knn(query, candidates, K, metric, exclude)
+    expected, expected_score = reference.knn(query, candidates, K, metric, exclude)
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(score, expected_score, rtol=1e-11, atol=1e-11)
+
+    def run(fn):
+        x, weight = candidates.clone().requires_grad_(), tokens(O, C, K, seed=2).requires_grad_()
+        y = fn(x, index, weight)
+        y.backward(tokens(*y.shape, seed=3))
+        return y, x.grad, weight.grad
+
+    torch.testing.assert_close(run(neighbor_conv), run(reference.neighbor_conv), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('weight, message', [

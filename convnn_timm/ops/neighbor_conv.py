@@ -91,7 +91,7 @@ def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor)
     (T, C), (Q, K), (O, group_channels, _) = x.shape[1:], index.shape[1:], weight.shape
     if (T + Q) * K * O * x.element_size() > CHUNK_BYTES:
         return False
-    move = 5  # multiplications in the time of moving a number there and, in backward, back
+    move = 3  # multiplications in the time of moving a number there and, in backward, back
     return T * O * group_channels + (T + Q) * O * move < Q * O * group_channels + 2 * Q * C * move
 
 
