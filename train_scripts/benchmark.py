@@ -47,6 +47,9 @@ MODELS = {  # variants of each network: kind of layer and arguments
     'resnet18': {
         'conv2d': ('conv2d', {}), 'hybrid': ('convnn_branching', {}),
         'hybrid random 64': ('convnn_branching', CANDIDATES['random 64'])}}
+SHARES = 'Where the time of a training step goes'
+PROFILED = (512, 512, 4)  # the layer with most weights for its tokens
+SHOWN_OPS = 8
 SAMPLE_SECONDS = 0.01  # a call that is shorter is repeated within one repetition
 SCORE_ROUNDING = 1e-5  # of a cosine in float32
 
@@ -204,6 +207,20 @@ def compare(
     } for name in steps]
 
 
+def time_shares(case: str, contender: str, step: Step, device: torch.device) -> Row:
+    """The operators that a step spends most of its time in, each with its share."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == 'cuda' else []
+    step()
+    with torch.profiler.profile(activities=kinds) as profile:
+        step()
+    field = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
+    spent = {event.key.removeprefix('aten::'): getattr(event, field) for event in profile.key_averages()}
+    most = sorted(spent, key=spent.get, reverse=True)[:SHOWN_OPS]
+    shares = [f'{name} {spent[name] / sum(spent.values()):.0%}' for name in most]
+    return {'case': case, 'contender': contender, 'share of the time': ', '.join(shares)}
+
+
 def compare_neighbors(original: OriginalConvNN2d, ours: ConvNN2d, x: torch.Tensor) -> Row:
     """Check that both select the same neighbours, but for cosines that float32 cannot tell apart.
 
@@ -251,12 +268,14 @@ def measure_layers(args: argparse.Namespace) -> Dict[str, List[Row]]:
             steps = {
                 name: layer_step(layer, x, train, args.autocast, forced.get(name)) for name, layer in layers.items()}
             tables[title] += compare(case, steps, ('original', 'conv2d'), args.batch_size, args)
+            if train and (C, O, side) == PROFILED:
+                tables[SHARES] += [time_shares(case, name, step, args.device) for name, step in steps.items()]
     return tables
 
 
 def measure_models(args: argparse.Namespace) -> Dict[str, List[Row]]:
     """Whole training steps of hybrids and their twins."""
-    rows, images = [], args.model_batch_size
+    rows, shares, images = [], [], args.model_batch_size
     for family in ['resnet18'] if args.quick else MODELS:
         x = torch.randn(images, 3, 32, 32, device=args.device).to(memory_format=args.memory_format)
         target = torch.randint(10, (images,), device=args.device)
@@ -269,8 +288,10 @@ def measure_models(args: argparse.Namespace) -> Dict[str, List[Row]]:
                 name = f'{variant}, {path}' if path else variant
                 steps[name] = model_step(model, x, target, args.autocast, path)
         peers = [name for name in steps if 'hybrid' not in name]
-        rows += compare(f'{family}, batch {images}', steps, peers, images, args)
-    return {'Training steps': rows}
+        case = f'{family}, batch {images}'
+        rows += compare(case, steps, peers, images, args)
+        shares += [time_shares(case, name, step, args.device) for name, step in steps.items()]
+    return {'Training steps': rows, SHARES: shares}
 
 
 def large_step(path: str, args: argparse.Namespace) -> Row:
@@ -358,7 +379,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     start = os.getloadavg()[0]
     large = measure_large(args, argv) if args.large else {}  # first, for a process inherits the peak of its parent
-    tables = {**measure_layers(args), **measure_models(args), **large}
+    layers, models = measure_layers(args), measure_models(args)
+    tables = {**layers, **models, **large, SHARES: layers[SHARES] + models[SHARES]}
     end = os.getloadavg()[0]
     facts = environment(argparse.Namespace(device=args.device, data_dir=None), argv)
     facts['command'] = facts['command'].replace('convnn-timm train', 'python train_scripts/benchmark.py')
