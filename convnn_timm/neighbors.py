@@ -27,6 +27,7 @@ class LayerNeighbors(NamedTuple):
     stride: int  # between positions that choose
     padding: int  # around the map
     window: int  # side of the convolution that the layer stands for
+    dilation: int = 1  # of the layer and its window
 
     @property
     def in_padding(self) -> torch.Tensor:
@@ -88,7 +89,7 @@ def capture_neighbors(
 
 def window_neighbors(neighbors: LayerNeighbors) -> LayerNeighbors:
     """The same for the convolution in the layer's place: index is the window around each position, (1, Q, k * k, 2)."""
-    side = torch.arange(neighbors.window) - neighbors.window // 2
+    side = neighbors.dilation * (torch.arange(neighbors.window) - neighbors.window // 2)
     return neighbors._replace(index=neighbors.query.unsqueeze(1).add(torch.cartesian_prod(side, side)).unsqueeze(0))
 
 
@@ -116,14 +117,16 @@ def _neighbors_of(layer: NeighborLayer, x: torch.Tensor, window: int) -> LayerNe
     row = width + 2 * p
     query = torch.cartesian_prod(*(torch.arange(0, n, layer.stride) for n in (height, width)))
     return LayerNeighbors(
-        torch.stack([index // row - p, index % row - p], dim=-1), query, (height, width), layer.stride, p, window)
+        torch.stack([index // row - p, index % row - p], dim=-1), query, (height, width), layer.stride, p, window,
+        layer.dilation)
 
 
 class LayerStats(NamedTuple):
     """Where a layer looks, averaged over images.
 
-    It works between the convolution it stands for (`window_*`) and attention, for which every token of the map is as
-    near (`uniform_*`). A position's neighbours are counted without itself and, except in `padding`, without padding.
+    It works between the convolution it stands for (`window_*`) and attention, for which every token of the map (in
+    steps of its dilation) is as near (`uniform_*`). A position's neighbours are counted without itself and, except in
+    `padding`, without padding.
     """
     layer: str
     height: int  # of its map
@@ -181,7 +184,7 @@ def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
     others = (offset != 0).any(dim=-1)
     counted = others & ~neighbors.in_padding
     number = counted.sum(dim=(1, 2))
-    inside = (offset.abs() <= neighbors.window // 2).all(dim=-1)
+    inside = (offset.abs() <= neighbors.dilation * (neighbors.window // 2)).all(dim=-1)
 
     height, width = neighbors.size
     token = (neighbors.index[..., 0] * width + neighbors.index[..., 1]).where(counted, 0).flatten(1)
@@ -201,10 +204,12 @@ def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
     rows, columns = (
         torch.arange(0, n, neighbors.stride).unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount(minlength=n)
         for n in neighbors.size)
+    for steps in rows, columns:
+        steps[torch.arange(len(steps)) % neighbors.dilation != 0] = 0
     often = rows.unsqueeze(1) * columns.double()
     often[0, 0] = 0  # itself
     length = torch.cartesian_prod(*(torch.arange(n).double() for n in neighbors.size)).norm(dim=-1)
-    reach = neighbors.window // 2 + 1
+    reach = neighbors.dilation * (neighbors.window // 2) + 1
     return dict(
         distance=((often.flatten() * length).sum() / often.sum()).item(),
         inside=(often[:reach, :reach].sum() / often.sum()).item())

@@ -116,7 +116,8 @@ def draw_neighbors(
     panels = [(name, chosen._replace(index=chosen.index[sample:sample + 1])) for name, chosen in captured.items()]
     if len(captured) == 1:
         window = window_neighbors(panels[0][1])
-        panels.append((f'Conv2d {_by([window.window] * 2)}', window))
+        dilated = f', dilation {window.dilation}' if window.dilation > 1 else ''
+        panels.append((f'Conv2d {_by([window.window] * 2)}{dilated}', window))
     columns, inches = min(len(panels) + 1, 6), 3.6 if len(captured) == 1 else 2.6
     rows = -(-(len(panels) + 1) // columns)  # for each point: the photograph, then the panels
     ranks = max(neighbors.index.shape[2] for _, neighbors in panels)
@@ -165,11 +166,12 @@ def _draw_panel(
     """Draw the neighbours of one position (x, y), as shares of the image's sides, and padding around the image."""
     from matplotlib.patches import Rectangle
 
-    (height, width), stride, side = neighbors.size, neighbors.stride, neighbors.window
+    (height, width), stride = neighbors.size, neighbors.stride
+    reach = neighbors.dilation * (neighbors.window // 2)  # of the convolution's window
     row, column = (int(v * n) // stride for v, n in zip(reversed(at), (height, width)))
     query = row * -(-width // stride) + column
     row, column = neighbors.query[query].tolist()
-    margin = max(neighbors.padding, side // 2)
+    margin = max(neighbors.padding, reach)
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)
 
     axes.axis('on')
@@ -181,7 +183,8 @@ def _draw_panel(
     for rank, (r, c) in enumerate(neighbors.index[0, query].tolist()):
         axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, facecolor=colors.to_rgba(rank), edgecolor='white', lw=0.7))
     axes.add_patch(Rectangle(
-        (column - side / 2, row - side / 2), side, side, fill=False, edgecolor='black', lw=1.3, linestyle=(0, (2, 1))))
+        (column - reach - 0.5, row - reach - 0.5), 2 * reach + 1, 2 * reach + 1, fill=False, edgecolor='black', lw=1.3,
+        linestyle=(0, (2, 1))))
     for slant in (0.25, -0.25):  # a cross on the position itself
         axes.plot([column - 0.25, column + 0.25], [row - slant, row + slant], color='white', lw=1.5)
     if outside := int(neighbors.in_padding[0, query].sum()):

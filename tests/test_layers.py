@@ -1,6 +1,8 @@
 """What the layers promise: the convolution they contain, invariances, precision, tracing, errors."""
 import copy
+import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +94,171 @@ def test_loc_with_a_search_is_in_raster_order_and_the_same_for_all_images(args):
     layer = ConvNN2d(3, 4, **{**LOC, **args}).eval()
     index = layer.neighbors(image(2, 3, 8, 8))
     assert (index.diff(dim=-1) > 0).all() and torch.equal(index[0], index[1])
+
+
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('dilation', [1, 2, 3])
+@pytest.mark.parametrize('groups, out_channels', [(1, 6), (2, 6), (4, 8)])
+@pytest.mark.parametrize('kernel_size, size, more', [(3, (12, 9), 0), (3, (7, 14), 2), (5, (9, 5), 0), (3, (1, 2), 0)])
+def test_loc_is_dilated_and_grouped_conv2d(kernel_size, size, more, groups, out_channels, dilation, stride):
+    padding = dilation * (kernel_size // 2) + more
+    options = dict(stride=stride, dilation=dilation, groups=groups, dtype=torch.float64)
+    conv = nn.Conv2d(4, out_channels, kernel_size, padding=padding - more, **options)
+    layer = ConvNN2d(4, out_channels, K=kernel_size ** 2, padding=padding, **LOC, **options)
+    layer.load_state_dict({'weight': conv.weight.view_as(layer.weight), 'bias': conv.bias})
+    x, x_conv = (image(2, 4, *size).requires_grad_() for _ in range(2))
+    y, y_conv = layer(x), conv(x_conv)
+    assert torch.equal(y, y_conv)
+    grad = image(*y.shape, seed=1)
+    y.backward(grad)
+    y_conv.backward(grad)
+    assert torch.equal(x.grad, x_conv.grad)
+    assert torch.equal(layer.weight.grad.view_as(conv.weight), conv.weight.grad)
+    # The way through indices, which `forward` leaves out for a window, gives the same.
+    tokens = nn.functional.pad(x, (padding,) * 4).flatten(2).mT
+    y = neighbor_conv(tokens, layer.neighbors(x), layer.weight.flatten(2), layer.bias, groups=groups)
+    torch.testing.assert_close(y.mT.reshape(y_conv.shape), y_conv, rtol=1e-12, atol=1e-12)
+
+
+def test_loc_is_dilated_and_grouped_conv1d():
+    for k, stride, dilation, groups in (1, 1, 3, 2), (3, 1, 2, 4), (5, 2, 2, 1), (7, 3, 4, 2):
+        options = dict(stride=stride, padding=dilation * (k // 2), dilation=dilation, groups=groups)
+        conv = nn.Conv1d(4, 8, k, **options, dtype=torch.float64)
+        layer = ConvNN1d(4, 8, K=k, **LOC, **options, dtype=torch.float64)
+        layer.load_state_dict(conv.state_dict())
+        assert torch.equal(layer(image(2, 4, 17)), conv(image(2, 4, 17)))
+
+
+# Dilation: each lattice of positions is a map of its own
+
+def neighbors_on_each_lattice(layer, x, **args):
+    """The definition: the same layer without dilation, on every dilation-th position of the padded map."""
+    d, p, padded = layer.dilation, layer.padding, nn.functional.pad(x, (layer.padding,) * (2 * layer.axes))
+    twin = type(layer)(layer.in_channels, 1, K=layer.K, padding=0, **args).eval()
+    position = torch.arange(padded[0, 0].numel()).view(padded.shape[2:])
+    index = position.new_zeros(len(x), *position.shape, layer.K)
+    for phase in itertools.product(range(d), repeat=layer.axes):
+        lattice = tuple(slice(first, None, d) for first in phase)
+        part = padded[(..., *lattice)]
+        if part[0, 0].numel() >= layer.K:
+            found = position[lattice].flatten()[twin.neighbors(part)]
+            index[(slice(None), *lattice)] = found.view(len(x), *part.shape[2:], -1)
+    inner = tuple(slice(p, p + n, layer.stride) for n in x.shape[2:])
+    return index[(slice(None), *inner)].reshape(len(x), -1, layer.K)
+
+
+def whole_numbers(*shape):
+    """An image whose distances and cosines are exact, with many ties."""
+    one_hot = nn.functional.one_hot(torch.arange(torch.Size(shape[2:]).numel()) % shape[1]).T.reshape(shape[1:])
+    return image(*shape).round() * one_hot
+
+
+@pytest.mark.parametrize('layer_type, size', [
+    (ConvNN2d, (8, 8)), (ConvNN2d, (5, 9)), (ConvNN2d, (12, 7)), (ConvNN2d, (3, 10)), (ConvNN1d, (17,))])
+@pytest.mark.parametrize('dilation, stride, padding', [
+    (2, 1, 0), (2, 1, 1), (2, 1, 3), (2, 2, 1), (2, 3, 2), (3, 1, 2), (3, 2, 4), (4, 6, 4)])
+@pytest.mark.parametrize('args', [
+    dict(), dict(magnitude_type='euclidean'), LOC, dict(sampling_type='random', num_samples=5),
+    dict(sampling_type='random', num_samples=12, **LOC)])
+def test_dilation_is_the_layer_on_each_lattice(layer_type, size, dilation, stride, padding, args):
+    options = dict(padding=padding, dilation=dilation, stride=stride, dtype=torch.float64)
+    layer = layer_type(3, 4, K=5, **options, **args).eval()
+    x = whole_numbers(2, 3, *size)
+    index = layer.neighbors(x)
+    assert torch.equal(index, neighbors_on_each_lattice(layer, x, **args))
+    tokens = nn.functional.pad(x, (padding,) * (2 * len(size))).flatten(2).mT
+    y = reference.neighbor_conv(tokens, index, layer.weight.flatten(2), layer.bias)
+    torch.testing.assert_close(layer(x).flatten(2), y.mT, rtol=1e-12, atol=1e-12)
+
+
+def test_dilation_of_loc_col_compares_what_the_whole_map_does():
+    layer = ConvNN2d(3, 4, K=4, similarity_type='Loc_Col', dilation=2, padding=0)
+    x = image(2, 3, 8, 8)
+    features, place = layer.similarity_features(x), torch.arange(64).view(8, 8)
+    index = layer.neighbors(x).view(2, 8, 8, 4)
+    for a, b in itertools.product(range(2), repeat=2):
+        tokens = features[..., a::2, b::2].flatten(2).mT
+        found, _ = reference.knn(tokens, tokens, 3, exclude=torch.arange(16))
+        expected = place[a::2, b::2].flatten()[found].view(2, 4, 4, 3)
+        assert torch.equal(index[:, a::2, b::2, 1:], expected)
+
+
+def test_dilated_spatial_sampling_takes_a_grid_of_the_interior_of_each_lattice():
+    layer = ConvNN2d(3, 4, K=4, padding=1, dilation=2, sampling_type='spatial', num_samples=3)
+    chosen = layer.neighbors(image(4, 3, 9, 9)).view(4, 9, 9, 4)[..., 1:]
+    for row, column in itertools.product(range(2), repeat=2):
+        rows, columns = [(0, 4, 8), (1, 3, 7)][row], [(0, 4, 8), (1, 3, 7)][column]
+        grid = {(y + 1) * 11 + x + 1 for y in rows for x in columns}
+        assert set(chosen[:, row::2, column::2].unique().tolist()) <= grid
+
+
+def test_dilated_random_sampling_draws_for_each_lattice():
+    layer = ConvNN2d(3, 4, K=5, padding=1, dilation=2, sampling_type='random', num_samples=12).train()
+    x = image(3, 3, 10, 10)
+    drawn = [layer.neighbors(x).view(3, 10, 10, 5) for _ in range(2)]
+    assert not torch.equal(*drawn)
+    for row, column in itertools.product(range(2), repeat=2):
+        chosen = drawn[0][:, row::2, column::2, 1:].unique()
+        assert 6 < len(chosen) <= 12
+        assert (chosen // 12 % 2 == (row + 1) % 2).all() and (chosen % 12 % 2 == (column + 1) % 2).all()
+
+
+def test_a_stride_steps_over_lattices_which_are_not_searched():
+    searched = {(1, 2): 4, (2, 2): 1, (2, 3): 9, (6, 4): 4, (4, 6): 9, (5, 1): 1}
+    for (stride, dilation), count in searched.items():
+        assert len(ConvNN2d(3, 4, stride=stride, dilation=dilation).lattices((24, 24))) == count
+    assert len(ConvNN2d(3, 4, dilation=3).lattices((1, 2))) == 2
+
+
+def test_dilation_needs_enough_tokens_only_where_outputs_are():
+    """Of the four lattices of 5 x 5, that of the even positions has 9 tokens and the smallest has 4."""
+    x = image(1, 3, 5, 5, dtype=torch.float32)
+    assert ConvNN2d(3, 4, K=9, dilation=2, stride=2, padding=0)(x).shape == (1, 4, 3, 3)
+    with pytest.raises(ValueError, match=(
+            'K=9 neighbours need as many tokens, but a map of 5 x 5 with padding=0 has 4 in steps of dilation=2: use a '
+            'larger input or a smaller K or dilation')):
+        ConvNN2d(3, 4, K=9, dilation=2, padding=0)(x)
+    with pytest.raises(ValueError, match=(
+            'grid has 6 positions on a map of 3 x 2 in steps of dilation=2, but 8 neighbours are to be selected: raise '
+            'num_samples=3, or lower sample_padding=0, dilation or K')):
+        ConvNN2d(3, 4, dilation=2, padding=4, sampling_type='spatial', num_samples=3)(x)
+
+
+# Groups
+
+@pytest.mark.parametrize('args', [
+    dict(), dict(K=1), dict(stride=2, dilation=2), dict(aggregation_type='Loc_Col'), dict(magnitude_type='euclidean'),
+    dict(sampling_type='random', num_samples=9), dict(similarity_type='Loc'),
+    dict(similarity_type='Loc_Col', bias=False), dict(shuffle_pattern='B', shuffle_scale=2)])
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
+@pytest.mark.parametrize('groups', [2, 4])
+def test_groups_are_blocks_of_channels_with_common_neighbours(layer_type, groups, args):
+    channels = 8 - layer_type.axes if 'aggregation_type' in args else 8  # 8 with coordinates
+    layer = layer_type(channels, 8, groups=groups, dtype=torch.float64, **args).eval()
+    x = example(layer, (20,) if layer.axes == 1 else (12, 12))
+    padded = layer.aggregated(layer.pad(layer.enter(x)[0]))
+    index, blocks = layer.neighbors(x), layer.weight.flatten(2).chunk(groups)
+    tokens = padded.flatten(2).mT.chunk(groups, dim=2)
+    y = torch.cat([reference.neighbor_conv(t, index, w) for t, w in zip(tokens, blocks, strict=True)], dim=2).mT
+    y = y if layer.bias is None else y + layer.bias.unsqueeze(1)
+    torch.testing.assert_close(layer(x).flatten(2), y, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_start_like_a_convolution():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, groups=4)
+    torch.manual_seed(0)
+    layer = ConvNN2d(8, 8, groups=4)
+    assert torch.equal(layer.weight.view_as(conv.weight), conv.weight) and torch.equal(layer.bias, conv.bias)
+
+
+def test_branches_share_groups_and_dilation():
+    for layer_type in Branching1d, Branching2d:
+        layer = layer_type(4, 8, K=4, kernel_size=5, dilation=3, groups=2, stride=2)
+        assert (layer.branch1.dilation, layer.branch1.groups, layer.branch1.padding) == (3, 2, 1)
+        assert (layer.branch2.dilation[0], layer.branch2.groups, layer.branch2.padding[0]) == (3, 2, 6)
+        assert layer(example(layer, (15,) * layer.axes).float()).shape == (2, 8, *(8,) * layer.axes)
+        assert layer_type(4, 8, groups=4, branch_ratio=0.).branch2.groups == 4
 
 
 # Selection by features
@@ -209,6 +376,17 @@ def test_shapes_and_gradcheck(layer_type, args):
     assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.parameters()), fast_mode=True)
 
 
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d, Branching1d, Branching2d])
+@pytest.mark.parametrize('args', [
+    dict(dilation=2), dict(groups=2), dict(dilation=3, stride=2, groups=2, padding=3, K=4),
+    dict(dilation=2, groups=2, sampling_type='random', num_samples=8),
+    dict(dilation=2, sampling_type='spatial', num_samples=8, similarity_type='Loc_Col')])
+def test_gradcheck_of_groups_and_dilation(layer_type, args):
+    layer = layer_type(4, 4, dtype=torch.float64, **args).eval()
+    x = image(1, 4, *((12, 8) if layer.axes == 2 else (20,))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.parameters()), fast_mode=True)
+
+
 @pytest.mark.parametrize('pattern, channels, size', [('B', 4, 4), ('A', 4, 16), ('BA', 4, 8)])
 def test_shuffle_patterns(pattern, channels, size):
     for layer in (ConvNN2d(3, 4, shuffle_pattern=pattern, shuffle_scale=2), CoordConv2d(
@@ -238,8 +416,9 @@ def test_evaluation_is_deterministic_and_training_drops_attention(layer_type):
 
 
 @pytest.mark.parametrize('similarity_type', ['Col', 'Loc', 'Loc_Col'])
-def test_autocast_selects_the_neighbours_of_float32(similarity_type):
-    layer = ConvNN2d(16, 8, similarity_type=similarity_type)
+@pytest.mark.parametrize('args', [dict(), dict(dilation=2, groups=4)])
+def test_autocast_selects_the_neighbours_of_float32(similarity_type, args):
+    layer = ConvNN2d(16, 8, similarity_type=similarity_type, **args)
     x = image(2, 16, 12, 12, dtype=torch.float32)
     expected = layer.neighbors(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -278,10 +457,13 @@ def test_channels_last_gives_the_same(layer_type):
 
 # Life as a module
 
-@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D)
+@pytest.mark.parametrize('layer_type', [
+    *LAYERS_1D, *LAYERS_2D, partial(ConvNN2d, dilation=2, stride=3, sampling_type='random', num_samples=9),
+    partial(Branching2d, dilation=2, branch_ratio=0.25), partial(ConvNN1d, padding=3, K=4, dilation=3, **LOC)])
 def test_meta_deepcopy_pickle_and_state_dict(layer_type):
     meta = layer_type(3, 4, device='meta')
-    assert meta(example(meta).float().to('meta')).shape == (2, 4, *(8,) * meta.axes)
+    x = example(meta).float()
+    assert meta(x.to('meta')).shape == layer_type(3, 4)(x).shape == (2, 4, *(-(-8 // meta.stride),) * meta.axes)
     layer = layer_type(3, 4).eval()
     x = example(layer).float()
     y = layer(x)
@@ -296,7 +478,7 @@ def test_meta_deepcopy_pickle_and_state_dict(layer_type):
     assert set(layer.__dict__) == before and torch.equal(layer(x), y)
 
 
-@pytest.mark.parametrize('layer_type', [ConvNN2d, BranchingAttention2d])
+@pytest.mark.parametrize('layer_type', [ConvNN2d, BranchingAttention2d, partial(ConvNN2d, dilation=2)])
 def test_compiles_without_a_graph_break(layer_type):
     layer = layer_type(3, 4).eval()
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
@@ -305,7 +487,7 @@ def test_compiles_without_a_graph_break(layer_type):
         compiled(x).sum().backward()
 
 
-@pytest.mark.parametrize('layer_type', [ConvNN1d, Branching2d, ConvNNAttention2d])
+@pytest.mark.parametrize('layer_type', [ConvNN1d, Branching2d, ConvNNAttention2d, partial(ConvNN2d, dilation=2)])
 def test_exports(layer_type):
     layer = layer_type(3, 4).eval()
     x = example(layer).float()
@@ -314,11 +496,12 @@ def test_exports(layer_type):
 
 @pytest.mark.parametrize('dynamo', [False, True])
 @pytest.mark.parametrize('layer_type, args', [
-    (ConvNN1d, dict(magnitude_type='euclidean')), (BranchingAttention2d, dict(sampling_type='random', num_samples=20))])
+    (ConvNN1d, dict(magnitude_type='euclidean')), (ConvNN2d, dict(dilation=2, groups=3)),
+    (BranchingAttention2d, dict(sampling_type='random', num_samples=20))])
 def test_onnx(layer_type, args, dynamo, tmp_path):
     """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours."""
     onnxruntime = pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
-    layer = layer_type(3, 4, K=5, **args).eval()
+    layer = layer_type(3, 6, K=5, **args).eval()
     x = example(layer).float().relu()
     x[:, :, ::3] = 0
     torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=dynamo, verbose=False)
@@ -330,11 +513,13 @@ def test_onnx(layer_type, args, dynamo, tmp_path):
 @pytest.mark.parametrize('layer_type, args', [
     *[(layer_type, dict(K=5, shuffle_pattern='BA', shuffle_scale=2)) for layer_type in LAYERS_2D + [CoordConv2d]],
     (ConvNN1d, dict(sampling_type='random', num_samples=12)), (BranchingAttention2d, dict(branch_ratio=0.)),
-    (Branching2d, dict(branch_ratio=1., bias=False)), (ConvNNAttention2d, dict(aggregation_type='Loc_Col'))])
+    (Branching2d, dict(branch_ratio=1., bias=False)), (ConvNNAttention2d, dict(aggregation_type='Loc_Col')),
+    *[(layer_type, dict(dilation=2, groups=2)) for layer_type in (ConvNN1d, ConvNN2d, CoordConv2d)],
+    (Branching2d, dict(dilation=2, stride=2, groups=2, branch_ratio=2 / 3))])
 def test_scripts(layer_type, args, tmp_path):
     args = {name: value for name, value in args.items() if name != 'K' or layer_type is not CoordConv2d}
     layer = layer_type(4, 6, **args).eval()
-    x = image(2, 4, 12, 8, dtype=torch.float32) if layer_type is not ConvNN1d else image(2, 4, 20, dtype=torch.float32)
+    x = image(2, 4, *((20,) if layer_type is ConvNN1d else (12, 8)), dtype=torch.float32)
     scripted = torch.jit.script(layer)
     assert torch.equal(scripted(x), layer(x))
     scripted.save(tmp_path / 'layer.pt')
@@ -366,6 +551,26 @@ def test_construction_refuses(layer_type, args, message):
     if 'Branching' in layer_type.__name__:
         with pytest.raises(ValueError, match=message):
             layer_type(3, 4, branch_ratio=0., **args)
+
+
+@pytest.mark.parametrize('args, message', [
+    (dict(dilation=0), 'dilation must be at least 1, got 0'),
+    (dict(groups=0), 'groups must be at least 1, got 0'),
+    (dict(groups=3), r'groups=3 must divide both the 4 channels that are aggregated and the \d+ output channels'),
+    (dict(groups=4, aggregation_type='Loc_Col'), r"\(\d of them coordinates of aggregation_type='Loc_Col'\)"),
+])
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d, Branching1d, Branching2d])
+def test_dilation_and_groups_are_checked(layer_type, args, message):
+    for ratio in [dict(branch_ratio=0.), dict(branch_ratio=1.)] if 'Branching' in layer_type.__name__ else [{}]:
+        with pytest.raises(ValueError, match=message):
+            layer_type(4, 12, **args, **ratio)
+
+
+def test_branches_refuse_groups_that_do_not_divide_their_outputs():
+    with pytest.raises(ValueError, match=(
+            'groups=4 must divide the outputs of both branches, but branch_ratio=0.5 gives 6 to the neighbours and 6 '
+            'to the convolution')):
+        Branching2d(4, 12, groups=4)
 
 
 def test_similarity_type_is_checked():
@@ -423,4 +628,6 @@ def test_create_layer_takes_the_arguments_of_all_layers_and_no_others():
         assert layer(torch.ones(1, 3, 8, 8)).shape == (1, 4, 4, 4)
         with pytest.raises(TypeError, match='unknown argument neighbors; layer arguments are .*K, '):
             create_layer(layer_type, 3, 4, neighbors=5)
+        layer = create_layer(layer_type, 4, 8, stride=2, kernel_size=5, dilation=2, groups=2)
+        assert layer(torch.ones(1, 4, 8, 8)).shape == (1, 8, 4, 4)
     assert {'K', 'padding', 'num_samples', 'branch_ratio', 'lambda_param'} <= set(layer_arguments())

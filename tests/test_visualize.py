@@ -96,6 +96,15 @@ def test_shuffled_map():
     assert found.size == (4, 6) and torch.equal(found.index, window_neighbors(found).index)
 
 
+def test_window_is_dilated_as_the_layer_is():
+    for layer_type, stride in (ConvNN2d, 3), (Branching2d, 1):
+        layer = layer_type(2, 4, padding=2, dilation=2, stride=stride, **LOC)
+        found, = capture_neighbors(nn.Sequential(layer), images(1, 2, 8, 11)).values()
+        assert found.dilation == 2 and torch.equal(found.index, window_neighbors(found).index)
+        line, = neighbor_stats(nn.Sequential(layer), images(1, 2, 8, 11))
+        assert line.inside == 1 and line.distance == pytest.approx(line.window_distance)
+
+
 @pytest.mark.parametrize('layer, window', [
     (Branching2d(2, 4, kernel_size=5), 5), (Branching2d(2, 4, branch_ratio=1), 3), (ConvNN2d(2, 4, K=10), 5),
     (ConvNN2d(2, 4, K=5), 3), (ConvNNAttention2d(2, 4, K=1), 1)])
@@ -120,6 +129,13 @@ def test_by_location_stats_are_those_of_the_window():
         assert line.inside == 1 and line.distance == pytest.approx(line.window_distance)
         assert line.hub_share == line.window_hub_share and line.hub_skewness == pytest.approx(line.window_hub_skewness)
         assert line.uniform_distance > line.distance and line.uniform_inside < 1
+
+
+def test_any_token_of_a_dilated_layer_is_one_that_it_may_choose():
+    """A row of five: the even positions see (2, 4), (2, 2), (2, 4) steps away, the odd ones 2 each."""
+    line, = neighbor_stats(ConvNN2d(1, 1, K=2, padding=0, dilation=2), images(1, 1, 1, 5))
+    assert line.uniform_distance == pytest.approx(20 / 8) and line.uniform_inside == pytest.approx(6 / 8)
+    assert line.window_distance == 2
 
 
 def test_stats_of_known_neighbors():
@@ -210,6 +226,18 @@ def test_drawn_neighbors():
     assert layer.get_xlabel() == '5 of 9 in the padding'
     assert layer.get_xlim() == (-1.5, 16.5) and layer.get_ylim() == (16.5, -1.5)  # the padding is in the picture
     assert cells(figure.axes[4]) == [(c + 14, r + 6) for c, r in around] and not figure.axes[4].get_xlabel()
+
+
+def test_drawn_window_of_a_dilated_layer():
+    view = see(Image.new('RGB', (32, 32)), evaluation(crop_pct=1.))
+    captured = capture_neighbors(ConvNN2d(3, 4, padding=2, dilation=2, **LOC), view.pixels.unsqueeze(0))
+    figure = draw_neighbors(view, captured, [(5, 9)])
+    _, layer, window = figure.axes[:3]
+    assert window.get_title().startswith('Conv2d 3 x 3, dilation 2\n')
+    assert cells(layer) == cells(window) == [(c, r) for r in (7, 9, 11) for c in (3, 5, 7)]
+    outline = layer.patches[-1]
+    assert (*outline.get_xy(), outline.get_width(), outline.get_height()) == (2.5, 6.5, 5, 5)
+    assert layer.get_xlim() == (-2.5, 33.5)
 
 
 def test_sheet(tmp_path):

@@ -66,8 +66,8 @@ class _ConvNNAttention(NeighborLayer):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            in_channels, out_channels, K, stride, padding, sampling_type, num_samples, sample_padding, shuffle_pattern,
-            shuffle_scale, magnitude_type, aggregation_type)
+            in_channels, out_channels, K, stride, padding, 1, sampling_type, num_samples, sample_padding,
+            shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
         conv = nn.Conv2d if self.axes == 2 else nn.Conv1d
         C, O = self.token_channels, self.token_out_channels
         self.w_q = conv(C, C, 1, bias=False, **dd)
@@ -116,7 +116,8 @@ class _ConvNNAttention(NeighborLayer):
         score = torch.full((B, len(queries), 1), OWN_SCORE[self.magnitude_type], dtype=key.dtype, device=x.device)
         index = with_own_first(queries, None, B)
         if self.K > 1:
-            positions, own_place = self.candidates(size, queries, equal_padding=self.aggregation_type == 'Col')
+            lattice, = self.lattices(size)
+            positions, own_place = self.candidates(lattice, queries, equal_padding=self.aggregation_type == 'Col')
             query = map_to_tokens(self.w_q(x)).index_select(1, positions)
             place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
             others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates

@@ -1,5 +1,5 @@
 """What ConvNN and ConvNN attention have in common: their arguments, and the way from a map to tokens and back."""
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from convnn_timm.ops.knn import METRICS
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
-from .sampling import SAMPLING_TYPES, candidate_positions, inner_positions
+from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, inner_positions, lattices
 from .script import ScriptedWhole
 
-__all__ = ['NeighborLayer', 'check_choice', 'check_input', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES']
+__all__ = ['NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES']
 
 SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
 AGGREGATION_TYPES = ('Col', 'Loc_Col')
@@ -19,6 +19,17 @@ AGGREGATION_TYPES = ('Col', 'Loc_Col')
 def check_choice(name: str, value: Any, valid: Tuple[str, ...]) -> None:
     if value not in valid:
         raise ValueError(f'unknown {name} {value!r}, valid are {", ".join(map(repr, valid))}')
+
+
+def check_groups(groups: int, channels: int, out_channels: int, coordinates: int) -> None:
+    """Check groups of the channels that are aggregated, of which some may be coordinates."""
+    if groups < 1:
+        raise ValueError(f'groups must be at least 1, got {groups}')
+    if channels % groups or out_channels % groups:
+        note = f" ({coordinates} of them coordinates of aggregation_type='Loc_Col')" if coordinates else ''
+        raise ValueError(
+            f'groups={groups} must divide both the {channels} channels that are aggregated{note} and the '
+            f'{out_channels} output channels')
 
 
 def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
@@ -44,6 +55,7 @@ class NeighborLayer(ScriptedWhole):
             K: int,
             stride: int,
             padding: int,
+            dilation: int,
             sampling_type: str,
             num_samples: int,
             sample_padding: int,
@@ -59,7 +71,7 @@ class NeighborLayer(ScriptedWhole):
         check_choice('aggregation_type', aggregation_type, AGGREGATION_TYPES)
         for name, value, least in (
                 ('in_channels', in_channels, 1), ('out_channels', out_channels, 1), ('K', K, 1), ('stride', stride, 1),
-                ('padding', padding, 0), ('sample_padding', sample_padding, 0)):
+                ('padding', padding, 0), ('dilation', dilation, 1), ('sample_padding', sample_padding, 0)):
             if value < least:
                 raise ValueError(f'{name} must be at least {least}, got {value}')
         if shuffle_pattern != 'NA' and shuffle_scale < 1:
@@ -79,6 +91,7 @@ class NeighborLayer(ScriptedWhole):
         self.K = K
         self.stride = stride
         self.padding = padding
+        self.dilation = dilation
         self.sampling_type = sampling_type
         self.num_samples = num_samples
         self.sample_padding = sample_padding
@@ -98,12 +111,19 @@ class NeighborLayer(ScriptedWhole):
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         size = tuple(x.shape[2:])
-        tokens = torch.Size(n + 2 * self.padding for n in size).numel()
+        tokens = min(lattice.tokens for lattice in self.lattices(size))
         if tokens < self.K:
+            steps, smaller = '', 'K'
+            if self.dilation > 1:
+                steps, smaller = f' in steps of dilation={self.dilation}', 'K or dilation'
             raise ValueError(
                 f'K={self.K} neighbours need as many tokens, but a map of {" x ".join(map(str, size))} with '
-                f'padding={self.padding} has {tokens}: use a larger input or a smaller K')
+                f'padding={self.padding} has {tokens}{steps}: use a larger input or a smaller {smaller}')
         return x, size
+
+    def lattices(self, size: Tuple[int, ...]) -> List[Lattice]:
+        """The parts of the padded map that choose neighbours among themselves: one, the whole, without dilation."""
+        return lattices(size, self.padding, self.stride, self.dilation)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         return F.pad(x, (self.padding,) * (2 * self.axes))
@@ -128,22 +148,24 @@ class NeighborLayer(ScriptedWhole):
 
     def candidates(
             self,
-            size: Tuple[int, ...],
+            lattice: Lattice,
             queries: torch.Tensor,
             equal_padding: bool,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Positions (M,) that may be selected, and for every query (Q,) its own place among them or -1."""
+        """Positions (M,) of a lattice that may be selected, and for every query (Q,) its own place among them or -1."""
         device = queries.device
         positions = candidate_positions(
-            size, self.padding, self.K - 1, self.sampling_type, self.num_samples, self.sample_padding,
-            equal_padding, self.training, device)
-        tokens = torch.Size(n + 2 * self.padding for n in size).numel()
+            lattice, self.K - 1, self.sampling_type, self.num_samples, self.sample_padding, equal_padding,
+            self.training, device)
+        tokens = torch.Size(lattice.padded_size).numel()
         place = torch.full((tokens,), -1, device=device)
         place = place.index_copy(0, positions, torch.arange(len(positions), device=device))
         return positions, place[queries]
 
     def extra_repr(self) -> str:
         text = f'{self.in_channels}, {self.out_channels}, K={self.K}, stride={self.stride}, padding={self.padding}'
+        if self.dilation > 1:
+            text += f', dilation={self.dilation}'
         text += f', {self.magnitude_type}, aggregation_type={self.aggregation_type}'
         if self.sampling_type != 'all':
             text += f', sampling_type={self.sampling_type}, num_samples={self.num_samples}'

@@ -44,6 +44,11 @@ class _Hybrid(nn.Module):
                 f"use 'BA' or 'NA'")
         neighbor_channels = int(out_channels * branch_ratio)
         conv_channels = out_channels - neighbor_channels
+        dilation, groups = (neighbor_args.get(name, 1) for name in ('dilation', 'groups'))  # attention has neither
+        if groups > 1 and (neighbor_channels % groups or conv_channels % groups):
+            raise ValueError(
+                f'groups={groups} must divide the outputs of both branches, but branch_ratio={branch_ratio} gives '
+                f'{neighbor_channels} to the neighbours and {conv_channels} to the convolution')
         axes = self.neighbor_layer.axes
         conv, norm = (nn.Conv2d, nn.BatchNorm2d) if axes == 2 else (nn.Conv1d, nn.BatchNorm1d)
         self.axes = axes
@@ -58,10 +63,11 @@ class _Hybrid(nn.Module):
             self.branch1 = self.neighbor_layer(
                 in_channels, neighbor_channels, stride=stride, bias=bias, **neighbor_args, **dd)
         else:  # its arguments are checked all the same
-            self.neighbor_layer(in_channels, 1, stride=stride, **neighbor_args, device='meta')
+            self.neighbor_layer(in_channels, max(groups, 1), stride=stride, **neighbor_args, device='meta')
         if conv_channels:
             self.branch2 = conv(
-                in_channels, conv_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias, **dd)
+                in_channels, conv_channels, kernel_size, stride=stride, padding=dilation * (kernel_size // 2),
+                dilation=dilation, groups=groups, bias=bias, **dd)
         self.branch_norm = norm(out_channels, **dd) if branch_norm else None
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
         self.init_pointwise()
@@ -100,7 +106,7 @@ class _Hybrid(nn.Module):
 _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convolution.
 
     Both branches see the whole input: `int(out_channels * branch_ratio)` outputs come from {layer} (`branch1`), the
-    rest from a kernel_size convolution with padding kernel_size // 2 (`branch2`), in that order.
+    rest from a kernel_size convolution that keeps the size of the map (`branch2`), in that order.
 
     Args:
         in_channels: Channels of the input.
@@ -112,7 +118,7 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as they
             are; 'zero', random without {layer}'s outputs, which it learns to use.
         bias: Learn biases in both branches and the 1x1 convolution.
-        (others): Arguments of {layer}.
+        (others): Arguments of {layer}. Its dilation and groups, where it has them, are the convolution's too.
 
     Raises:
         ValueError: As {layer} does, and for an even kernel_size, a ratio outside [0, 1], a shuffle of one end only.
@@ -129,6 +135,8 @@ class _Branching(_Hybrid):
             K: int = 9,
             stride: int = 1,
             padding: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
             sampling_type: str = 'all',
             num_samples: int = -1,
             sample_padding: int = 0,
@@ -148,9 +156,10 @@ class _Branching(_Hybrid):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, pointwise_init, bias,
             {'device': device, 'dtype': dtype},
-            K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
-            shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
-            similarity_type=similarity_type, aggregation_type=aggregation_type, lambda_param=lambda_param)
+            K=K, padding=padding, dilation=dilation, groups=groups, sampling_type=sampling_type,
+            num_samples=num_samples, sample_padding=sample_padding, shuffle_pattern=shuffle_pattern,
+            shuffle_scale=shuffle_scale, magnitude_type=magnitude_type, similarity_type=similarity_type,
+            aggregation_type=aggregation_type, lambda_param=lambda_param)
 
 
 class Branching1d(_Branching):

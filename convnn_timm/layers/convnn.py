@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops.chunks import widen
-from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, map_to_tokens
+from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens
 from .coordinates import centered_positions, similarity_coordinates
-from .sampling import unpadded_positions
+from .sampling import Lattice, in_output_order, unpadded_positions
 from .script import layer_spec
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
@@ -31,6 +31,9 @@ class _ConvNN(NeighborLayer):
         K: Neighbours per position, itself included.
         stride: Step between output positions; all positions stay candidates.
         padding: Zeros around the map. Padded positions are candidates, but not outputs.
+        dilation: Positions choose among those that lie a multiple of so many steps away on each axis of the padded map.
+            Every such lattice of positions is a map of its own, with its own `num_samples`.
+        groups: Blocks of channels that are convolved by themselves, as in a convolution. All channels are compared.
         sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch, from
             torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
             `num_samples` positions per axis. Where `num_samples` exceeds the map, all are candidates.
@@ -58,6 +61,8 @@ class _ConvNN(NeighborLayer):
             K: int = 9,
             stride: int = 1,
             padding: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
             sampling_type: str = 'all',
             num_samples: int = -1,
             sample_padding: int = 0,
@@ -73,13 +78,16 @@ class _ConvNN(NeighborLayer):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            in_channels, out_channels, K, stride, padding, sampling_type, num_samples, sample_padding, shuffle_pattern,
-            shuffle_scale, magnitude_type, aggregation_type)
+            in_channels, out_channels, K, stride, padding, dilation, sampling_type, num_samples, sample_padding,
+            shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
         check_choice('similarity_type', similarity_type, SIMILARITY_TYPES)
+        coordinates = self.axes if aggregation_type == 'Loc_Col' else 0
+        check_groups(groups, self.token_channels, self.token_out_channels, coordinates)
+        self.groups = groups
         self.similarity_type = similarity_type
         self.lambda_param = lambda_param
         # As many dimensions as a convolution's weight, so that timm can adapt its input channels.
-        shape = (self.token_out_channels, self.token_channels, K) + (1,) * (self.axes - 1)
+        shape = (self.token_out_channels, self.token_channels // groups, K) + (1,) * (self.axes - 1)
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
         self.reset_parameters()
@@ -89,7 +97,7 @@ class _ConvNN(NeighborLayer):
         """The initialisation of torch's convolutions."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.token_channels * self.K)
+            bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
 
     @torch.jit.unused
@@ -98,19 +106,20 @@ class _ConvNN(NeighborLayer):
         window = self._convolution_window()
         if window is not None:
             return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
-        weight, padded = self.weight.flatten(2), self.pad(x)
+        padded = self.pad(x)
         if self.similarity_type == 'Loc':  # ranks in raster order
-            tokens = map_to_tokens(self.aggregated(padded))
-            return self.leave(neighbor_conv(tokens, self._select(padded, size), weight, self.bias), size)
+            tokens, index = map_to_tokens(self.aggregated(padded)), self._select(padded, size)
+            return self.leave(neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups), size)
         # Rank 0 is the position itself: a 1x1 convolution.
-        y = self._pointwise(x, padded, size)
+        own, others = self.weight.split([1, self.K - 1], dim=2)
+        y = self._pointwise(x, padded, size, own)
         if self.K > 1:
             positions, index = self._search(self.similarity_features(padded), size)
             if 2 * len(positions) < padded.shape[2:].numel():
                 tokens = self._tokens_at(positions, x, padded, size)
             else:
                 tokens, index = map_to_tokens(self.aggregated(padded)), positions[index]
-            y = y + self.to_map(neighbor_conv(tokens, index, weight[..., 1:]), size)
+            y = y + self.to_map(neighbor_conv(tokens, index, others.flatten(2), groups=self.groups), size)
         return self.leave_map(y)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,19 +129,24 @@ class _ConvNN(NeighborLayer):
 
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Neighbours (B, Q, K) of the kept positions of the padded map x."""
-        B, padded_size = x.shape[0], tuple(x.shape[2:])
         if self.similarity_type == 'Loc':
-            return self._select_by_location(size, padded_size, x.device).expand(B, -1, -1)
+            return self._select_by_location(size, tuple(x.shape[2:]), x.device).expand(x.shape[0], -1, -1)
         return self._own_and_search(self.similarity_features(x), size)
 
-    def _pointwise(self, x: torch.Tensor, padded: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+    def _pointwise(
+            self,
+            x: torch.Tensor,
+            padded: torch.Tensor,
+            size: Tuple[int, ...],
+            weight: torch.Tensor,
+    ) -> torch.Tensor:
         """The kept positions convolved with the weight of rank 0: a map."""
         if self.aggregation_type == 'Loc_Col':
             x = self.aggregated(padded)
             for axis, n in enumerate(size, start=2):
                 x = x.narrow(axis, self.padding, n)
         conv = F.conv2d if self.axes == 2 else F.conv1d
-        return conv(x, self.weight[:, :, :1], self.bias, self.stride)
+        return conv(x, weight, self.bias, self.stride, groups=self.groups)
 
     def _tokens_at(
             self,
@@ -166,10 +180,17 @@ class _ConvNN(NeighborLayer):
     ) -> torch.Tensor:
         """(1, Q, K), in raster order: the same for all images, and without a search where all tokens are candidates."""
         if self.magnitude_type == 'euclidean' and self.sampling_type == 'all':
-            p = self.padding
-            stops = tuple(p + n for n in size)
-            return grid_neighbors(padded_size, self.K, (p,) * self.axes, self.stride, stops, device).unsqueeze(0)
+            lattices = self.lattices(size)
+            index = [self._nearest_on(lattice, device).unsqueeze(0) for lattice in lattices]
+            return in_output_order(lattices, index)
         return self._own_and_search(centered_positions(padded_size, device).unsqueeze(0), size).sort(dim=-1).values
+
+    def _nearest_on(self, lattice: Lattice, device: torch.device) -> torch.Tensor:
+        """(Q, K): the positions of one lattice that are nearest to its queries."""
+        starts = lattice.own([steps.start for steps in lattice.queries])
+        stops = tuple(last + 1 for last in lattice.own([steps.stop - 1 for steps in lattice.queries]))
+        stride = lattice.queries[0].step // lattice.dilation
+        return lattice.positions(grid_neighbors(lattice.size, self.K, starts, stride, stops, device))
 
     def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, every position itself first."""
@@ -179,14 +200,25 @@ class _ConvNN(NeighborLayer):
         positions, index = self._search(features, size)
         return torch.cat([own, positions[index]], dim=-1)
 
+    @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """The candidates' raster indices (M,), and which of them are a position's K - 1 other neighbours (B, Q, K - 1)."""
-        queries = self.queries(size, features.device)
-        positions, own_place = self.candidates(size, queries, equal_padding=self.similarity_type == 'Col')
-        with torch.no_grad():
-            tokens = map_to_tokens(features)
-            query, candidates = tokens.index_select(1, queries), tokens.index_select(1, positions)
-            index, _ = knn(query, candidates, self.K - 1, self.magnitude_type, own_place)
+        tokens, lattices = map_to_tokens(features), self.lattices(size)
+        found = [self._search_on(lattice, tokens) for lattice in lattices]
+        if len(found) == 1:
+            return found[0]
+        places, known = [], 0
+        for positions, index in found:
+            places.append(index + known)
+            known += len(positions)
+        return torch.cat([positions for positions, _ in found]), in_output_order(lattices, places)
+
+    def _search_on(self, lattice: Lattice, tokens: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same on one lattice, of the tokens (B, T, C) of the padded map that are compared."""
+        queries = lattice.query_positions(tokens.device)
+        positions, own_place = self.candidates(lattice, queries, equal_padding=self.similarity_type == 'Col')
+        query, candidates = tokens.index_select(1, queries), tokens.index_select(1, positions)
+        index, _ = knn(query, candidates, self.K - 1, self.magnitude_type, own_place)
         return positions, index
 
     def _convolution_window(self) -> Optional[int]:
@@ -196,19 +228,21 @@ class _ConvNN(NeighborLayer):
             self.similarity_type == 'Loc' and self.magnitude_type == 'euclidean' and self.sampling_type == 'all'
             # The k x k nearest of a grid form a square for k = 1, 3, 5 only: a corner of 7 x 7 is farther than 4 steps.
             and side ** self.axes == self.K and side % 2 == 1 and (self.axes == 1 or side <= 5)
-            and self.padding >= side // 2)
+            and self.padding >= self.dilation * (side // 2))
         return side if is_window else None
 
     def _convolve(self, x: torch.Tensor, window: int) -> torch.Tensor:
-        margin = self.padding - window // 2
+        margin = self.padding - self.dilation * (window // 2)
         for axis in range(2, x.ndim):
             x = x.narrow(axis, margin, x.shape[axis] - 2 * margin)
         weight = self.weight.reshape(*self.weight.shape[:2], *[window] * self.axes)
         conv = F.conv2d if self.axes == 2 else F.conv1d
-        return conv(x, weight, self.bias, self.stride)
+        return conv(x, weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups)
 
     def extra_repr(self) -> str:
         text = f'{super().extra_repr()}, similarity_type={self.similarity_type}'
+        if self.groups > 1:
+            text += f', groups={self.groups}'
         if self.similarity_type == 'Loc_Col':
             text += f', lambda_param={self.lambda_param}'
         return text + ('' if self.bias is not None else ', bias=False')

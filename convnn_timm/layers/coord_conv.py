@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from .base import AGGREGATION_TYPES, check_choice, check_input
+from .base import AGGREGATION_TYPES, check_choice, check_groups, check_input
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .script import ScriptedWhole, layer_spec
@@ -19,6 +19,8 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         kernel_size: Side of the window.
         stride: Step of the convolution.
         padding: Zeros around the map (and its coordinates).
+        dilation: Distance of the window's positions.
+        groups: Blocks of channels that are convolved by themselves.
         shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
         shuffle_scale: Factor of the shuffle.
         aggregation_type: 'Loc_Col' appends coordinates in [-1, 1] per axis, 'Col' does not.
@@ -35,6 +37,8 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
             kernel_size: int = 3,
             stride: int = 1,
             padding: int = 1,
+            dilation: int = 1,
+            groups: int = 1,
             shuffle_pattern: str = 'NA',
             shuffle_scale: int = 1,
             aggregation_type: str = 'Col',
@@ -47,10 +51,13 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         scale = shuffle_scale if shuffle_pattern != 'NA' else 1
         if scale < 1:
             raise ValueError(f'shuffle_scale must be at least 1, got {shuffle_scale}')
+        coordinates = 2 if aggregation_type == 'Loc_Col' else 0
+        channels = in_channels * (scale ** 2 if 'B' in shuffle_pattern else 1) + coordinates
+        convolved = out_channels * (scale ** 2 if shuffle_pattern in ('A', 'BA') else 1)
+        check_groups(groups, channels, convolved, coordinates)
         super().__init__(
-            in_channels * (scale ** 2 if 'B' in shuffle_pattern else 1) + (2 if aggregation_type == 'Loc_Col' else 0),
-            out_channels * (scale ** 2 if shuffle_pattern in ('A', 'BA') else 1),
-            kernel_size, stride=stride, padding=padding, bias=bias, device=device, dtype=dtype)
+            channels, convolved, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            bias=bias, device=device, dtype=dtype)
         self.in_channels = in_channels  # of the layer; the convolution inside sees coordinates and shuffled channels too
         self.out_channels = out_channels
         self.shuffle_pattern = shuffle_pattern

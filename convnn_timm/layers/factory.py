@@ -29,7 +29,7 @@ _NETWORK_ARGUMENTS = ('in_channels', 'out_channels', 'stride', 'device', 'dtype'
 def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
     """Names of the layer arguments that a model takes as keywords, or those of one layer type."""
     if layer == 'conv2d':
-        return 'kernel_size', 'bias'
+        return 'kernel_size', 'dilation', 'groups', 'bias'
     if layer is not None:
         return tuple(n for n in inspect.signature(LAYER_TYPES[layer]).parameters if n not in _NETWORK_ARGUMENTS)
     return tuple(dict.fromkeys(name for layer in LAYER_TYPES for name in layer_arguments(layer)))
@@ -48,7 +48,7 @@ def create_layer(
     """Create a layer that takes the place of a square convolution.
 
     All layer types accept the arguments of all, so that a twin is built from the arguments of its pair: a convolution
-    has no use for K and leaves it. Convolutions pad kernel_size // 2; `padding` is ConvNN's.
+    has no use for K and leaves it. Convolutions pad dilation * (kernel_size // 2); `padding` is ConvNN's.
 
     Raises:
         TypeError: An argument that no layer has.
@@ -57,7 +57,7 @@ def create_layer(
         raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
     layer_args = {name: value for name, value in layer_args.items() if name in layer_arguments(layer)}
     if layer in ('conv2d', 'conv2d_new'):
-        layer_args['padding'] = kernel_size // 2
+        layer_args['padding'] = layer_args.get('dilation', 1) * (kernel_size // 2)
     if 'kernel_size' in layer_arguments(layer):
         layer_args['kernel_size'] = kernel_size
     return LAYER_TYPES[layer](in_channels, out_channels, stride=stride, **layer_args, device=device, dtype=dtype)

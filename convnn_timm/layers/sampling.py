@@ -2,13 +2,99 @@
 
 Everything here depends on shapes only, never on values. `size` is the unpadded map, (T,) or (H, W).
 """
-from typing import Optional, Tuple
+import itertools
+import math
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ['SAMPLING_TYPES', 'candidate_positions', 'inner_positions', 'unpadded_positions']
+__all__ = [
+    'SAMPLING_TYPES', 'Lattice', 'candidate_positions', 'in_output_order', 'inner_positions', 'lattices',
+    'unpadded_positions',
+]
 
 SAMPLING_TYPES = ('all', 'random', 'spatial')
+
+
+class Steps(NamedTuple):
+    """Positions on one axis. (`range` would make their number a constant of a compiled network.)"""
+    start: int
+    stop: int
+    step: int
+
+    @property
+    def number(self) -> int:
+        return -(-(self.stop - self.start) // self.step)
+
+
+class Lattice(NamedTuple):
+    """Every dilation-th position of the padded map on each axis: without dilation, the whole map.
+
+    They choose among themselves, as if the lattice were a padded map of its own. On each axis it has these positions:
+    """
+    whole: Tuple[Steps, ...]  # all of them
+    inner: Tuple[Steps, ...]  # those that are not padding
+    queries: Tuple[Steps, ...]  # those that ask
+    outputs: Tuple[Steps, ...]  # where in the output map these are
+
+    @property
+    def padded_size(self) -> Tuple[int, ...]:
+        """Of the map, not only of the lattice."""
+        return tuple(steps.stop for steps in self.whole)
+
+    @property
+    def size(self) -> Tuple[int, ...]:
+        return tuple(steps.number for steps in self.whole)
+
+    @property
+    def inner_size(self) -> Tuple[int, ...]:
+        return tuple(steps.number for steps in self.inner)
+
+    @property
+    def tokens(self) -> int:
+        return torch.Size(self.size).numel()
+
+    @property
+    def dilation(self) -> int:
+        return self.whole[0].step
+
+    def own(self, positions: Sequence[int]) -> Tuple[int, ...]:
+        """Where in the lattice a position of the padded map is, one number for each axis."""
+        return tuple((i - steps.start) // steps.step for i, steps in zip(positions, self.whole))
+
+    def positions(self, places: torch.Tensor) -> torch.Tensor:
+        """Raster indices in the padded map of raster indices in the lattice."""
+        return places if self.dilation == 1 else _span(self.padded_size, self.whole, places.device)[places]
+
+    def query_positions(self, device: Optional[torch.device] = None) -> torch.Tensor:
+        return _span(self.padded_size, self.queries, device)
+
+    def output_positions(self, device: Optional[torch.device] = None) -> torch.Tensor:
+        return _span([steps.stop for steps in self.outputs], self.outputs, device)
+
+
+def lattices(size: Tuple[int, ...], padding: int, stride: int = 1, dilation: int = 1) -> List[Lattice]:
+    """The lattices that hold queries: dilation ** axes of them, fewer with a stride that steps over some."""
+    period = dilation // math.gcd(stride, dilation)  # so many outputs on, a query is on the same lattice again
+
+    def steps(n: int, output: int) -> Tuple[Steps, Steps, Steps, Steps]:
+        query, end = padding + output * stride, padding + n
+        return (
+            Steps(query % dilation, end + padding, dilation),
+            Steps(query - output * stride // dilation * dilation, end, dilation),
+            Steps(query, end, period * stride),
+            Steps(output, -(-n // stride), period))
+
+    axes = [[steps(n, first) for first in range(period) if first == 0 or first * stride < n] for n in size]
+    return [Lattice(*zip(*chosen)) for chosen in itertools.product(*axes)]
+
+
+def in_output_order(lattices: Sequence[Lattice], found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join what the queries of each lattice have found, (B, Q, k) each, in the order of the outputs."""
+    if len(found) == 1:
+        return found[0]
+    outputs = torch.cat([lattice.output_positions(found[0].device) for lattice in lattices])
+    return torch.cat(found, dim=1).index_select(1, outputs.argsort())
 
 
 def inner_positions(
@@ -18,7 +104,8 @@ def inner_positions(
         device: Optional[torch.device] = None,
 ) -> torch.Tensor:
     """Raster indices, in the padded map, of the unpadded positions 0, stride, 2 stride, ... of each axis."""
-    return _raster(size, padding, [torch.arange(0, n, stride, device=device) for n in size])
+    steps = [Steps(padding, padding + n, stride) for n in size]
+    return _span([n + 2 * padding for n in size], steps, device)
 
 
 def unpadded_positions(
@@ -37,8 +124,7 @@ def unpadded_positions(
 
 
 def candidate_positions(
-        size: Tuple[int, ...],
-        padding: int,
+        lattice: Lattice,
         k: int,
         sampling_type: str,
         num_samples: int,
@@ -47,9 +133,10 @@ def candidate_positions(
         training: bool,
         device: Optional[torch.device] = None,
 ) -> torch.Tensor:
-    """Raster indices, in the padded map, of the tokens that may become neighbours.
+    """Raster indices, in the padded map, of the tokens of a lattice that may become neighbours.
 
     Args:
+        lattice: Where they lie. In what follows it is the map.
         k: How many neighbours will be selected.
         sampling_type: 'all'; 'random': `num_samples` tokens of the padded map, drawn from torch's generator in training
             and the same pseudo-random ones in every evaluation; 'spatial': a regular grid of `num_samples` positions per
@@ -61,48 +148,43 @@ def candidate_positions(
     Raises:
         ValueError: The grid has fewer than k positions.
     """
-    tokens = torch.Size(n + 2 * padding for n in size).numel()
+    tokens = lattice.tokens
     if sampling_type == 'random' and num_samples <= tokens:
         order = torch.randperm(tokens, device=device) if training else _scrambled(tokens, device).argsort()
-        return order[:num_samples].sort().values
-    if sampling_type == 'spatial' and num_samples <= max(size):
-        return _grid(size, padding, k, num_samples, sample_padding, device)
-    if not (padding and equal_padding):
-        return torch.arange(tokens, device=device)
-    return _without_equal_padding(size, padding, k, device)
+        return lattice.positions(order[:num_samples].sort().values)
+    if sampling_type == 'spatial' and num_samples <= max(lattice.inner_size):
+        return _grid(lattice, k, num_samples, sample_padding, device)
+    if equal_padding and lattice.inner_size != lattice.size:
+        return _without_equal_padding(lattice, k, device)
+    return lattice.positions(torch.arange(tokens, device=device))
 
 
-def _without_equal_padding(
-        size: Tuple[int, ...],
-        padding: int,
-        k: int,
-        device: Optional[torch.device],
-) -> torch.Tensor:
+def _without_equal_padding(lattice: Lattice, k: int, device: Optional[torch.device]) -> torch.Tensor:
     """The inner positions and the first k of the padding, ascending."""
-    row = size[-1] + 2 * padding
-    first = padding * row + padding if len(size) == 2 else padding  # of the inner positions
-    if k <= first:  # as on all but the smallest maps
-        return torch.cat([torch.arange(k, device=device), inner_positions(size, padding, device=device)])
-    positions, padded = [], 0
-    for t in range(torch.Size(n + 2 * padding for n in size).numel()):
-        place = divmod(t, row) if len(size) == 2 else (t,)
-        inside = all(padding <= i < padding + n for i, n in zip(place, size))
-        padded += not inside
-        if inside or padded <= k:
-            positions.append(t)
-    return torch.tensor(positions, device=device)
+    inner = _span(lattice.padded_size, lattice.inner, device)
+    before = 0  # of the positions, all padding, that come before the first inner one
+    for n, place in zip(lattice.size, lattice.own([steps.start for steps in lattice.inner])):
+        before = before * n + place
+    if k <= before:  # as on all but the smallest maps
+        return torch.cat([lattice.positions(torch.arange(k, device=device)), inner])
+    padded, row = [], lattice.padded_size[-1]
+    for position in itertools.product(*(range(*steps) for steps in lattice.whole)):
+        if len(padded) == k:
+            break
+        if not all(i in range(*steps) for i, steps in zip(position, lattice.inner)):
+            padded.append(position[0] * row + position[1] if len(position) == 2 else position[0])
+    return torch.cat([torch.tensor(padded, dtype=torch.int64, device=device), inner]).sort().values
 
 
 def _grid(
-        size: Tuple[int, ...],
-        padding: int,
+        lattice: Lattice,
         k: int,
         num_samples: int,
         sample_padding: int,
         device: Optional[torch.device],
 ) -> torch.Tensor:
-    if len(size) == 1:
-        size, padding = (size[0] + 2 * padding,), 0
+    flat = len(lattice.size) == 1
+    spanned, size = (lattice.whole, lattice.size) if flat else (lattice.inner, lattice.inner_size)
     axes = []
     for n in size:
         first, last = sample_padding, n - 1 - sample_padding
@@ -110,17 +192,26 @@ def _grid(
         axes.append([first + i * (last - first) // max(count - 1, 1) for i in range(count)])
     found = torch.Size(len(axis) for axis in axes).numel()
     if found < k:
+        steps, lower = '', ' or K'
+        if lattice.dilation > 1:
+            steps, lower = f' in steps of dilation={lattice.dilation}', ', dilation or K'
         raise ValueError(
-            f'the sampling grid has {found} positions on a map of {" x ".join(map(str, size))}, but {k} neighbours are '
-            f'to be selected: raise num_samples={num_samples}, or lower sample_padding={sample_padding} or K')
-    return _raster(size, padding, [torch.tensor(axis, device=device) for axis in axes])
+            f'the sampling grid has {found} positions on a map of {" x ".join(map(str, size))}{steps}, but {k} '
+            f'neighbours are to be selected: raise num_samples={num_samples}, or lower '
+            f'sample_padding={sample_padding}{lower}')
+    axes = [steps.start + steps.step * torch.tensor(axis, device=device) for steps, axis in zip(spanned, axes)]
+    return _raster(lattice.padded_size, axes)
 
 
-def _raster(size: Tuple[int, ...], padding: int, axes: list) -> torch.Tensor:
-    """Raster indices in the padded map of the positions that `axes` span in the unpadded one."""
+def _span(size: Sequence[int], axes: Sequence[Steps], device: Optional[torch.device]) -> torch.Tensor:
+    return _raster(size, [torch.arange(*steps, device=device) for steps in axes])
+
+
+def _raster(size: Sequence[int], axes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Raster indices, in a map of that size, of the positions that `axes` span."""
     index = torch.zeros((), dtype=torch.int64, device=axes[0].device)
     for n, axis in zip(size, axes):
-        index = index.unsqueeze(-1) * (n + 2 * padding) + axis + padding
+        index = index.unsqueeze(-1) * n + axis
     return index.flatten()
 
 
