@@ -5,10 +5,12 @@ A command imports what it needs when it runs, so `convnn-timm --help` answers at
 """
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 if TYPE_CHECKING:
@@ -118,6 +120,9 @@ def build_parser() -> Parser:
     sub.add_argument('--tag', required=True, help='what it was trained on; the weight is called <architecture>.TAG')
     sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
     sub.add_argument('--twin', type=Path, metavar='RUN', help='run of the convolution that the card compares it with')
+    sub.add_argument(
+        '--seeds', nargs='+', type=Path, default=(), metavar='RUN',
+        help='runs of the same training with other seeds, for mean and spread')
     sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
     sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
     sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
@@ -173,6 +178,23 @@ def build_parser() -> Parser:
     sub.add_argument('--limit', type=int, default=256, metavar='N', help='take N of the images, evenly (%(default)s)')
     sub.add_argument('--force', action='store_true', help='replace files that are there')
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
+
+    sub = add(
+        'export-onnx', export_onnx, 'write a network as an ONNX file, and compare it with PyTorch on photographs',
+        'export-onnx local-dir:output/my-run/model -o model.onnx\n'
+        'export-onnx resnet18_convnn_branching -o model.onnx --dynamic-batch --check cat.jpg dog.jpg\n'
+        'export-onnx resnet50_convnn_branching_224 -o model.onnx --img-size 192 --batch 8')
+    sub.add_argument('model', metavar='MODEL', help='as for `predict`, or a model without weights')
+    sub.add_argument('-o', '--output', required=True, type=Path, metavar='OUT.onnx', help='file to make')
+    sub.add_argument('--img-size', type=int, metavar='N', help="side of the images (default: the model's)")
+    batch = sub.add_mutually_exclusive_group()
+    batch.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (%(default)s)')
+    batch.add_argument('--dynamic-batch', action='store_true', help='any number of images at a time')
+    sub.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators (20)")
+    sub.add_argument(
+        '--check', nargs='+', metavar='IMAGE',
+        help='images to compare on, with onnxruntime (default: two photographs that come with scikit-learn)')
+    sub.add_argument('--force', action='store_true', help='replace a file that is there')
 
     # Listed for the help only: `train` has a parser of its own.
     commands.add_parser('train', add_help=False, help="train a model, with arguments and recipes as of timm's train.py")
@@ -259,7 +281,7 @@ def export(args: argparse.Namespace) -> None:
     from convnn_timm import hub
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
-        args.force)
+        args.force, args.seeds)
     print(f'{folder}: read README.md, then publish it with: convnn-timm push {folder}')
 
 
@@ -389,6 +411,76 @@ def stats(args: argparse.Namespace) -> int:
     return status
 
 
+def export_onnx(args: argparse.Namespace) -> int:
+    import torch
+    from timm.data import create_transform, resolve_data_config
+    from convnn_timm import onnx_export
+
+    opset = args.opset or onnx_export.OPSET
+    newest = onnx_module('onnx').defs.onnx_opset_version()
+    onnx_module('onnxscript')
+    if not 18 <= opset <= newest:
+        raise CommandError(f'--opset {opset}: torch and onnx write 18 to {newest} here', code=2)
+    for flag, value in ('--batch', args.batch), ('--img-size', args.img_size):
+        if value is not None and value < 1:
+            raise CommandError(f'{flag} must be 1 or more, got {value}', code=2)
+    runtime = onnx_module('onnxruntime', required=bool(args.check))
+    check_outputs([args.output], args.force)
+    with wrong_values():
+        model = load_or_draw_model(args.model).eval()
+        config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
+        transform, mode = create_transform(**config, is_training=False), 'L' if config['input_size'][0] == 1 else 'RGB'
+        photos = {name: transform(photo) for name, photo in check_photos(args.check, mode)} if runtime else {}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        onnx_export.export_onnx(
+            model, args.output, config['input_size'], args.batch, args.dynamic_batch, opset)
+    shape = ' x '.join(map(str, ('any number' if args.dynamic_batch else args.batch, *config['input_size'])))
+    print(f'{args.output}: opset {opset}, images {shape}, {args.output.stat().st_size / 1e6:.1f} MB')
+    if any(getattr(layer, 'sampling_type', '') == 'random' for layer in model.modules()):
+        print('convnn-timm: note: random candidates are those of every evaluation here, drawn once', file=sys.stderr)
+    if not runtime:
+        print('convnn-timm: note: not compared with PyTorch, for onnxruntime is missing', file=sys.stderr)
+        return 0
+
+    agreed = status = 0
+    pixels, tolerance = torch.stack(list(photos.values())), onnx_export.TOLERANCE
+    for name, image, difference in zip(photos, pixels, onnx_export.compare_onnx(model, args.output, pixels).tolist()):
+        verdict = 'agrees'
+        if not difference <= tolerance:  # NaN too
+            moved = onnx_export.sensitivity(model, image.unsqueeze(0)).item()
+            status = status if moved > tolerance else 1
+            verdict = 'DIFFERS'
+            if moved > tolerance:
+                verdict = f"tells nothing: PyTorch's own logits move by {moved:.1g} if pixels change by a millionth"
+        agreed += verdict == 'agrees'
+        print(f'{name}: logits of onnxruntime and PyTorch are {difference:.1g} apart, {verdict}')
+    print(f'{agreed} of {len(photos)} images agree to {tolerance:g}')
+    if status:
+        raise CommandError(f'{args.output} does not compute what {args.model} computes')
+    return 0
+
+
+def onnx_module(name: str, required: bool = True) -> Optional[ModuleType]:
+    """Import a package that only `export-onnx` needs; None if it is missing and not required."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if required:
+            raise CommandError(f'{name} is missing: pip install onnx onnxscript onnxruntime') from error
+
+
+def check_photos(paths: Optional[List[str]], mode: str) -> Iterator[Tuple[str, 'Image.Image']]:
+    """Photographs to compare on: those of the user, or scikit-learn's."""
+    if paths:
+        for path in find_images(paths):
+            yield str(path), read_image(path, mode)
+    else:
+        from PIL import Image
+        from sklearn.datasets import load_sample_image
+        for name in 'china.jpg', 'flower.jpg':
+            yield f'{name} of scikit-learn', Image.fromarray(load_sample_image(name)).convert(mode)
+
+
 @contextmanager
 def wrong_values() -> Iterator[None]:
     """What the library refuses, or cannot write, is for the user to correct."""
@@ -407,26 +499,34 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
         The model, in evaluation on the device, its transform of images, and the mode of the images.
     """
     import timm
-    import torch
     from timm.data import create_transform, resolve_data_config
     from convnn_timm.visualize import neighbor_layers
 
-    weights = True
     if timm.is_model(name):
         with suppress(RuntimeError):  # an unknown tag, of which load_model will tell
             neighbor_layers(timm.create_model(name, device='meta'))  # before anything is downloaded
-            config = timm.get_pretrained_cfg(name)
-            weights = config is not None and config.has_weights
-    if weights:
-        model = load_model(name)
-    else:
-        print(f'convnn-timm: note: {name} has no published weights, its weights here are random', file=sys.stderr)
-        torch.manual_seed(0)
-        model = timm.create_model(name)
+    model = load_or_draw_model(name)
     neighbor_layers(model)
     config = resolve_data_config({}, model=model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     return model.eval().to(device), create_transform(**config, is_training=False), mode
+
+
+def load_or_draw_model(name: str) -> 'nn.Module':
+    """Build a model with weights, random ones if there are no others."""
+    import timm
+    import torch
+
+    weights = True
+    if timm.is_model(name):
+        with suppress(RuntimeError):
+            config = timm.get_pretrained_cfg(name)
+            weights = config is not None and config.has_weights
+    if weights:
+        return load_model(name)
+    print(f'convnn-timm: note: {name} has no published weights, its weights here are random', file=sys.stderr)
+    torch.manual_seed(0)
+    return timm.create_model(name)
 
 
 def check_outputs(paths: List[Path], force: bool) -> None:

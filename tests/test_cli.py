@@ -48,7 +48,7 @@ def error_of(capsys, *argv, status=1):
     return err
 
 
-@pytest.mark.parametrize('command', ['', 'list', 'info', 'run', 'predict', 'quickstart'])
+@pytest.mark.parametrize('command', ['', 'list', 'info', 'run', 'predict', 'quickstart', 'export-onnx'])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), '--help'])
@@ -196,6 +196,88 @@ def test_model_errors(capsys, photo, model_folder, tmp_path):
     assert 'local-dir:RUN/model' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
     assert 'has its own weights' in error(
         '--model', f'local-dir:{model_folder}', '--checkpoint', str(checkpoint), status=2)
+
+
+# export-onnx
+
+@pytest.fixture
+def onnx_packages():
+    for name in 'onnx', 'onnxscript', 'onnxruntime':
+        pytest.importorskip(name, reason=f"needs {name}: pip install 'convnn-timm[test]'")
+
+
+def test_export_onnx(capsys, model_folder, photo, tmp_path, onnx_packages):
+    out = tmp_path / 'made' / 'model.onnx'
+    status, printed, err = run(
+        capsys, 'export-onnx', f'local-dir:{model_folder}', '-o', str(out), '--dynamic-batch', '--check', str(photo))
+    made, compared, summary = printed.splitlines()
+    assert (status, err) == (0, '') and made.startswith(f'{out}: opset 20, images any number x 3 x 24 x 24, ')
+    assert compared.startswith(f'{photo}: logits of onnxruntime') and compared.endswith(' apart, agrees')
+    assert summary == '1 of 1 images agree to 0.0001'
+
+
+@pytest.fixture
+def no_export(monkeypatch, onnx_packages):
+    """export-onnx without its slow part: an empty file, and onnxruntime's logits as far off as the test says."""
+    monkeypatch.setattr('convnn_timm.onnx_export.export_onnx', lambda model, path, *args: path.write_bytes(b''))
+
+    def compare(difference, moved=0.):
+        monkeypatch.setattr('convnn_timm.onnx_export.compare_onnx', lambda m, p, x: torch.full((len(x),), difference))
+        monkeypatch.setattr('convnn_timm.onnx_export.sensitivity', lambda m, x: torch.full((len(x),), moved))
+    return compare
+
+
+def test_export_onnx_tells_a_wrong_file_from_equal_neighbors(capsys, model_folder, tmp_path, no_export):
+    call = 'export-onnx', f'local-dir:{model_folder}', '--force', '-o', str(tmp_path / 'model.onnx')
+    no_export(0.5)
+    status, out, err = run(capsys, *call)
+    assert status == 1 and out.count('0.5 apart, DIFFERS') == 2 and '0 of 2 images agree' in out
+    assert f'model.onnx does not compute what local-dir:{model_folder} computes' in err
+    no_export(float('nan'))
+    assert run(capsys, *call)[0] == 1
+    no_export(0.5, moved=0.3)
+    status, out, err = run(capsys, *call)
+    assert (status, err) == (0, '') and 'own logits move by 0.3 if pixels change by a millionth' in out
+
+
+def test_export_onnx_notes(capsys, tmp_path, monkeypatch, no_export):
+    no_export(0.)
+    options = dict(channels=(8, 8, 8, 8), sampling_type='random', num_samples=16)
+    model = timm.create_model('resnet18_convnn', **options)
+    timm.models.save_for_hf(model, tmp_path, model_args=options, safe_serialization=True)
+    call = 'export-onnx', f'local-dir:{tmp_path}', '-o', str(tmp_path / 'model.onnx'), '--force'
+    assert 'random candidates are those of every evaluation' in run(capsys, *call)[2]
+    assert 'has no published weights' in run(capsys, 'export-onnx', 'resnet18_conv2d_new', *call[2:])[2]
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    status, _, err = run(capsys, *call)
+    assert status == 0 and 'not compared with PyTorch, for onnxruntime is missing' in err
+
+
+def test_export_onnx_errors(capsys, model_folder, photo, tmp_path, monkeypatch, onnx_packages):
+    def error(*args, model=f'local-dir:{model_folder}', status=1):
+        return error_of(capsys, 'export-onnx', model, '-o', str(tmp_path / 'model.onnx'), *args, status=status)
+
+    assert "unknown model 'resnet18_convn'" in error(model='resnet18_convn', status=2)
+    assert '--opset 11: torch and onnx write 18 to ' in error('--opset', '11', status=2)
+    assert '--batch must be 1 or more, got 0' in error('--batch', '0', status=2)
+    assert '--img-size must be 1 or more' in error('--img-size', '-3', status=2)
+    assert 'not allowed with' in error('--batch', '2', '--dynamic-batch', status=2)
+    (tmp_path / 'text.png').write_text('not an image')
+    assert 'text.png: not an image' in error('--check', str(tmp_path / 'text.png'))
+    options = dict(channels=(8, 8, 8, 8), K=10)
+    timm.models.save_for_hf(
+        timm.create_model('resnet18_convnn', **options), tmp_path, model_args=options, safe_serialization=True)
+    assert 'K=10 neighbours need as many tokens, but a map of 1 x 1 with padding=1 has 9' in error(
+        '--img-size', '8', model=f'local-dir:{tmp_path}')
+    assert not (tmp_path / 'model.onnx').exists()
+    (tmp_path / 'model.onnx').touch()
+    assert '--force replaces it' in error()
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    assert 'onnxruntime is missing: pip install' in error('--check', str(photo))
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    assert 'onnxscript is missing: pip install onnx onnxscript' in error()
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    assert 'onnx is missing: pip install onnx onnxscript onnxruntime' in error()
 
 
 def test_quickstart_failure_is_one_line(capsys, tmp_path):

@@ -1,7 +1,11 @@
 """What the models promise beyond timm's own tests (test_timm_contract.py) and the golden networks (test_golden.py)."""
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
@@ -10,6 +14,7 @@ from convnn_timm.layers import LAYER_TYPES, layer_arguments
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
+NAMES_224 = [f'{depth}_convnn_branching_224' for depth in ('resnet18', 'resnet34', 'resnet50', 'vgg11')]
 NARROW = dict(channels=(8, 8, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
 
 
@@ -25,15 +30,24 @@ def test_all_names_are_registered_with_their_configuration():
         assert cfg.mean == (0.4914, 0.4822, 0.4465) and cfg.std == (0.2470, 0.2435, 0.2616)
 
 
-@pytest.mark.parametrize('name', NAMES)
+def test_configuration_of_the_models_for_224_pixels():
+    assert sum((timm.list_models('*_224', module=f'convnn_{net}') for net in ('resnet', 'vgg')), []) == NAMES_224
+    for name in NAMES_224:
+        cfg = timm.get_pretrained_cfg(name)
+        assert not cfg.tag and not cfg.has_weights and cfg.num_classes == 1000 and cfg.input_size == (3, 224, 224)
+        assert cfg.mean == IMAGENET_DEFAULT_MEAN and cfg.std == IMAGENET_DEFAULT_STD and cfg.crop_pct == 0.875
+
+
+@pytest.mark.parametrize('name', NAMES + NAMES_224)
 def test_every_layer_argument_is_a_keyword_of_every_model(name):
     arguments = dict(
-        K=4, kernel_size=5, padding=2, sampling_type='random', num_samples=16, sample_padding=1, shuffle_pattern='BA',
-        shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col', aggregation_type='Loc_Col',
-        lambda_param=0.3, branch_ratio=0.25, attention_dropout=0.2, bias=True)
+        K=4, kernel_size=5, padding=2, dilation=2, groups=1, sampling_type='random', num_samples=16, sample_padding=1,
+        shuffle_pattern='BA', shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col',
+        aggregation_type='Loc_Col', lambda_param=0.3, branch_ratio=0.25, branch_norm=True, pointwise_init='zero',
+        attention_dropout=0.2, bias=True)
     assert set(arguments) == set(layer_arguments())
     with torch.device('meta'):
-        model = timm.create_model(name, **arguments, input_noise=0.1, device='meta')
+        model = timm.create_model(name, **arguments, num_classes=10, input_noise=0.1, device='meta')
         assert model(images().to('meta')).shape == (2, 10)
         with pytest.raises(TypeError, match='neighbours'):
             timm.create_model(name, neighbours=9, device='meta')
@@ -55,6 +69,63 @@ def test_a_network_that_selects_by_location_is_its_convolution_twin(depth):
     model.load_state_dict(weights)
     with torch.no_grad():
         assert torch.equal(model(images(dtype=torch.float64)), twin(images(dtype=torch.float64)))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_a_model_for_224_pixels_that_selects_by_location_is_timms_network(name):
+    """With timm's weights, those of each 3x3 convolution divided between two branches, which the 1x1 leaves as is."""
+    twin = timm.create_model(name, zero_init_last=False).double().eval()
+    model = timm.create_model(
+        f'{name}_convnn_branching_224', sampling_type='all', similarity_type='Loc', magnitude_type='euclidean',
+        pointwise_init='identity').double().eval()
+    weights, replaced = model.state_dict(), 0
+    for key, value in twin.state_dict().items():
+        if key in weights:
+            weights[key] = value
+        else:
+            layer, first = key.removesuffix('.weight'), len(value) // 2
+            weights[f'{layer}.branch1.weight'] = value[:first].view_as(weights[f'{layer}.branch1.weight'])
+            weights[f'{layer}.branch2.weight'] = value[first:]
+            replaced += 1
+    assert replaced == 16
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        x = images(1, size=96, dtype=torch.float64)
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-10, atol=1e-10)
+
+
+def test_candidates_of_the_models_for_224_pixels_are_a_grid_unless_told_otherwise():
+    def first_layer(**options):
+        layer = timm.create_model('resnet18_convnn_branching_224', device='meta', **options).layer1[0].conv1.branch1
+        return layer.sampling_type, layer.num_samples
+
+    assert first_layer() == ('spatial', 8) and first_layer(num_samples=12) == ('spatial', 12)
+    assert first_layer(sampling_type='all') == ('all', -1)
+    assert first_layer(sampling_type='random', num_samples=64) == ('random', 64)
+    # The last map is smaller than the grid: all of its tokens are candidates.
+    layers = [
+        timm.create_model('resnet18_convnn_branching_224', channels=(8, 8, 8, 8), **options).layer4[1].conv2.branch1
+        for options in (dict(), dict(sampling_type='all'))]
+    assert torch.equal(*[layer.neighbors(images(1, size=7, channels=8)) for layer in layers])
+
+
+STEP = """
+import resource, sys, timm, torch
+model = timm.create_model(sys.argv[1])
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+torch.nn.functional.cross_entropy(model(torch.randn(8, 3, 224, 224)), torch.arange(8)).backward()
+optimizer.step()
+unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20  # Linux counts in KiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == 'win32', reason='there is no resource module on Windows')
+@pytest.mark.parametrize('name', NAMES_224)
+def test_a_training_step_at_224_pixels_fits_in_8_gb(name):
+    done = subprocess.run([sys.executable, '-c', STEP, name], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 8, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize('layer', LAYER_TYPES)
@@ -86,6 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, options):
 
 @pytest.mark.parametrize('name, reductions, channels', [
     ('resnet18_convnn_branching', [1, 1, 2, 4, 8], [64, 64, 128, 256, 512]),
+    ('resnet50_convnn_branching_224', [2, 4, 8, 16, 32], [64, 256, 512, 1024, 2048]),
     ('vgg11_convnn', [1, 2, 4, 8, 16, 32], [64, 128, 256, 512, 512, 512])])
 def test_features(name, reductions, channels):
     model = timm.create_model(name, features_only=True).eval()
@@ -103,8 +175,8 @@ def test_classifier_and_input_options():
     assert model(images(channels=1)).shape == (2, 3) and model.global_pool.pool_type == 'max'
     assert model.layer4[1].drop_path is not None
     assert model(images(size=20, channels=1)).shape == (2, 3)  # any size that holds K tokens
-    for fixed in 'stem_type', 'output_stride', 'stem_width':
-        with pytest.raises(TypeError, match=f'fixed stem and stride: it takes no {fixed}'):
+    for fixed in 'stem_type', 'output_stride', 'stem_width', 'cardinality':
+        with pytest.raises(TypeError, match=f'fixed stem and stride and no groups: it takes no {fixed}'):
             timm.create_model('resnet18_convnn', **{fixed: 8})
 
 
@@ -129,8 +201,9 @@ def test_input_noise_is_added_in_training_only():
 # Checkpoints
 
 def test_pretrained_without_weights_says_so():
+    unpublished = dict(hf_hub_id=None)  # whatever has been published
     with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet18_convnn'):
-        timm.create_model('resnet18_convnn', pretrained=True)
+        timm.create_model('resnet18_convnn', pretrained=True, pretrained_cfg_overlay=unpublished)
 
 
 @pytest.mark.parametrize('name, options', [

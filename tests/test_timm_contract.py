@@ -23,6 +23,7 @@ from timm_plugin import NEED_WEIGHTS, stands_for
 VARIANTS = ('conv2d', 'conv2d_new', 'convnn', 'convnn_attn', 'convnn_branching', 'convnn_branching_attn')
 BACKBONES = ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
 ALL = [f'{backbone}_{variant}' for backbone in BACKBONES for variant in VARIANTS]
+LARGE = [f'{backbone}_convnn_branching_224' for backbone in ('resnet18', 'resnet34', 'resnet50', 'vgg11')]
 DEFAULT = ['vgg11_convnn_branching', *(f'resnet18_{variant}' for variant in VARIANTS)]
 
 
@@ -108,6 +109,12 @@ def test_default_models(timm_tests):
 @pytest.mark.timeout(7200)
 def test_all_models(timm_tests):
     check(timm_tests, ALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_models_for_224_pixels(timm_tests):
+    check(timm_tests, LARGE)
 
 
 @pytest.mark.parametrize('ci, outcome', [('true', pytest.fail.Exception), ('', pytest.skip.Exception)])

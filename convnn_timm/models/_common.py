@@ -3,6 +3,7 @@ from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 
 from convnn_timm.layers import (
@@ -14,7 +15,9 @@ from convnn_timm.layers import (
     layer_arguments,
 )
 
-__all__ = ['add_input_noise', 'cifar_cfg', 'check_complete', 'entrypoint', 'init_convnn_weights', 'split_layer_args']
+__all__ = [
+    'add_input_noise', 'cifar_cfg', 'check_complete', 'entrypoint', 'imagenet_cfg', 'init_convnn_weights', 'sampled',
+    'split_layer_args']
 
 # FX can't symbolically trace control flow that depends on shapes.
 for _layer in (Branching2d, BranchingAttention2d, ConvNN2d, ConvNNAttention2d, CoordConv2d):
@@ -25,6 +28,15 @@ def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, 
     """Split a model's keyword arguments into those of its ConvNN layers and the rest."""
     layer_args = {name: value for name, value in kwargs.items() if name in layer_arguments()}
     return layer_args, {name: value for name, value in kwargs.items() if name not in layer_args}
+
+
+def sampled(layer_args: Dict[str, Any]) -> Dict[str, Any]:
+    """Layer arguments of a model for 224x224 images: candidates on an 8x8 grid, unless the caller chooses.
+
+    The first maps have 3136 tokens in a ResNet and 50176 in a VGG, too many to compare each with all. A grid is the
+    same in every step; maps of 7x7 are smaller than it, and all their tokens are candidates.
+    """
+    return layer_args if 'sampling_type' in layer_args else {'sampling_type': 'spatial', 'num_samples': 8, **layer_args}
 
 
 def init_convnn_weights(model: nn.Module) -> None:
@@ -71,6 +83,15 @@ def cifar_cfg(**kwargs) -> Dict[str, Any]:
         'origin_url': 'https://github.com/mingikang31/Convolutional-Nearest-Neighbor',
         **kwargs
     }
+
+
+def imagenet_cfg(**kwargs) -> Dict[str, Any]:
+    """Default configuration of a model for ImageNet, as timm's networks have it."""
+    return cifar_cfg(**{
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'crop_pct': 0.875,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        **kwargs
+    })
 
 
 def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc: str) -> Callable[..., nn.Module]:

@@ -1,9 +1,12 @@
 """VGG with ConvNN layers in place of its 3x3 convolutions.
 
-On timm's VGG (with BatchNorm), at 32x32 as in the paper `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+On timm's VGG (with BatchNorm), at 32x32 as in the paper. `vgg11_convnn_branching_224` is the same network for 224x224
+images, with sampled candidates.
+
+Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
 """
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -12,7 +15,8 @@ from timm.models.vgg import VGG, cfgs
 
 from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
 from ._common import (
-    add_input_noise, check_complete, cifar_cfg, entrypoint, init_convnn_weights, split_layer_args)
+    add_input_noise, check_complete, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
+    split_layer_args)
 from ._weights import find_weights, published_cfg, tagged_names
 
 __all__ = ['ConvNNVGG']
@@ -101,7 +105,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def _cfg(layer: str, **kwargs) -> Dict[str, Any]:
+def _cfg(layer: str, base: Callable[..., Dict[str, Any]] = cifar_cfg, pool: int = 1, **kwargs) -> Dict[str, Any]:
     # The modules whose weights timm adapts to another number of input channels. (Attention projects the input onto
     # itself: its first layer cannot be adapted, and loading it into such a model is an error.)
     first_conv = {
@@ -109,18 +113,21 @@ def _cfg(layer: str, **kwargs) -> Dict[str, Any]:
         'convnn_branching': ('features.0.branch1', 'features.0.branch2'),
         'convnn_branching_attn': ('features.0.branch1.w_v', 'features.0.branch2'),
     }.get(layer, 'features.0')
-    return cifar_cfg(
-        first_conv=first_conv, classifier='head.fc', pool_size=(1, 1), min_input_size=(3, 32, 32), **kwargs)
+    return base(
+        first_conv=first_conv, classifier='head.fc', pool_size=(pool, pool), min_input_size=(3, 32, 32), **kwargs)
 
 
 _VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in cfgs for layer in LAYER_TYPES}
+_VARIANTS_224 = {'vgg11_convnn_branching_224': ('vgg11', 'convnn_branching')}
 
 default_cfgs = generate_default_cfgs({
-    name: _cfg(_VARIANTS[name.split('.')[0]][1], **published_cfg(name)) for name in tagged_names(_VARIANTS)})
+    **{name: _cfg(_VARIANTS[name.split('.')[0]][1], **published_cfg(name)) for name in tagged_names(_VARIANTS)},
+    **{name: _cfg(layer, imagenet_cfg, pool=7) for name, (_, layer) in _VARIANTS_224.items()}})
 
 
 def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
-    depth, layer = _VARIANTS[variant]
+    large = variant in _VARIANTS_224
+    depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
     kwargs = find_weights(variant, kwargs) if pretrained else kwargs
     layer_args, kwargs = split_layer_args(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
@@ -132,13 +139,13 @@ def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> Conv
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         pretrained_filter_fn=checkpoint_filter_fn,
         layer=layer,
-        layer_args=layer_args,
+        layer_args=sampled(layer_args) if large else layer_args,
         **kwargs,
     )
 
 
-# vgg11_conv2d, vgg11_conv2d_new, vgg11_convnn, ... vgg19_convnn_branching_attn
-for _variant, (_depth, _layer) in _VARIANTS.items():
+# vgg11_conv2d, vgg11_conv2d_new, ... vgg19_convnn_branching_attn, then vgg11_convnn_branching_224
+for _variant, (_depth, _layer) in {**_VARIANTS, **_VARIANTS_224}.items():
     register_model(entrypoint(
         _create_convnn_vgg, _variant, __name__,
         f'VGG-{_depth[3:]} with {LAYER_TYPES[_layer].__name__} layers, all layer arguments as keywords.'))

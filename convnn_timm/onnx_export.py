@@ -1,0 +1,87 @@
+"""Export a network to ONNX, and compare onnxruntime's logits with PyTorch's on images."""
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Tuple
+
+import torch
+import torch.nn as nn
+
+__all__ = ['OPSET', 'TOLERANCE', 'compare_onnx', 'export_onnx', 'sensitivity']
+
+OPSET = 20  # of the standard operators, the version that torch's exporter writes on its own
+TOLERANCE = 1e-4  # largest difference of a logit that counts as agreement
+
+
+def export_onnx(
+        model: nn.Module,
+        path: Path,
+        input_size: Tuple[int, int, int],
+        batch: int = 1,
+        dynamic_batch: bool = False,
+        opset: int = OPSET,
+) -> None:
+    """Write a network as one ONNX file, in standard operators, its weights included.
+
+    Args:
+        model: A network on the CPU in evaluation mode, (batch, *input_size) -> (batch, classes).
+        path: The file, replaced if it is there.
+        input_size: Channels, height and width of the images.
+        batch: Number of images that the file takes at a time.
+        dynamic_batch: Any number of images instead.
+        opset: Version of ONNX's operators.
+
+    Raises:
+        ValueError: The network cannot take such images.
+    """
+    images = torch.zeros(2 if dynamic_batch else batch, *input_size)  # torch.export would take 1 for a constant
+    with torch.no_grad():
+        try:
+            model(images)  # says what is wrong in fewer words than the exporter
+        except RuntimeError as error:
+            raise ValueError(f'no images of {input_size[1]}x{input_size[2]}: {error}') from error
+    shapes = ({0: torch.export.Dim('batch')},) if dynamic_batch else None
+    with no_warnings():
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, dynamic_shapes=shapes, opset_version=opset, input_names=['images'],
+            output_names=['logits'], verbose=False)
+    program.save(path, external_data=False)
+
+
+def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> torch.Tensor:
+    """Largest difference of a logit between onnxruntime and PyTorch, (N,), of images (N, *input_size)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    name, batch = session.get_inputs()[0].name, session.get_inputs()[0].shape[0]
+    batch = batch if isinstance(batch, int) else len(images)
+    padded = torch.cat([images, images[-1:].expand(-len(images) % batch, -1, -1, -1)])
+    found = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in padded.split(batch)])
+    with torch.no_grad():
+        return (found[:len(images)] - model(images)).abs().amax(1)
+
+
+@torch.no_grad()
+def sensitivity(model: nn.Module, images: torch.Tensor, step: float = 1e-6, repeats: int = 8) -> torch.Tensor:
+    """How far a logit moves, (N,), if the pixels of images (N, *input_size) are changed at random by about `step`.
+
+    Which neighbours are nearest is no continuous function: where two are equally similar but for rounding, two programs
+    may take different ones, and their logits differ by more than rounding. Such an image moves here too.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, moved = model(images), images.new_zeros(len(images))
+    for _ in range(repeats):
+        changed = images + step * torch.randn(images.shape, generator=generator)
+        moved = moved.maximum((model(changed) - logits).abs().amax(1))
+    return moved
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep the exporter's remarks on its own optimizations from the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

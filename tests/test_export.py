@@ -1,0 +1,130 @@
+"""Networks leave Python: torch.export, torch.compile, ONNX, on photographs that scikit-learn ships.
+
+Whole ResNets take minutes to export, so by default these are of two blocks; `-m slow` runs the whole ones.
+"""
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.models.resnet import downsample_conv
+from torchvision.transforms.functional import normalize, to_tensor
+
+from convnn_timm.models.convnn_resnet import ConvNNBasicBlock
+from convnn_timm.onnx_export import TOLERANCE, compare_onnx, export_onnx, sensitivity
+
+LAYERS = ('convnn', 'convnn_attn', 'convnn_branching')
+
+
+def photos(n, size=16):
+    """Parts of two photographs, (n, 3, size, size)."""
+    parts = []
+    for i in range(n):
+        image = Image.fromarray(load_sample_image(('china.jpg', 'flower.jpg')[i % 2]))
+        left, top = 70 * (i // 2), 25 * (i // 2)
+        parts.append(to_tensor(image.crop((left, top, left + 160, top + 160)).resize((size, size))))
+    return normalize(torch.stack(parts), 0.5, 0.25)
+
+
+def two_blocks(layer, **layer_args):
+    """A ResNet's stem, one block of each of two stages, and its head."""
+    torch.manual_seed(0)
+    options = dict(layer=layer, layer_args=dict(sampling_type='random', num_samples=32, **layer_args))
+    return fit_norms(nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        ConvNNBasicBlock(32, 32, **options),
+        ConvNNBasicBlock(32, 32, stride=2, downsample=downsample_conv(32, 32, 1, stride=2), **options),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)))
+
+
+def whole(layer):
+    torch.manual_seed(0)
+    return fit_norms(timm.create_model(f'resnet18_{layer}', num_classes=5))
+
+
+def fit_norms(model):
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all that they see
+    with torch.no_grad():
+        model.train()(photos(16))
+    return model.eval()
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_torch_export_takes_any_batch(layer):
+    model = two_blocks(layer)
+    program = torch.export.export(model, (photos(2),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    for n in 1, 2, 5:
+        with torch.no_grad():
+            assert torch.equal(program.module()(photos(n)), model(photos(n)))
+
+
+class Graphs:
+    """A backend of torch.compile that counts the graphs it is given."""
+
+    def __init__(self, backend):
+        self.count = 0
+        self.backend = torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, graph, example_inputs):
+        self.count += 1
+        return self.backend(graph, example_inputs)
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('layer', LAYERS)
+def test_torch_compile_takes_any_batch_and_two_sizes_without_compiling_again(layer, backend):
+    if backend == 'inductor' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
+        pytest.skip('torch.compile needs a C++ compiler')
+    torch._dynamo.reset()
+    model, graphs, agreed = two_blocks(layer), Graphs(backend), []
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+
+    def check(n, size):
+        x = photos(n, size)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            close = (compiled(x) - model(x)).abs().amax(1) <= TOLERANCE
+        assert (close | (sensitivity(model, x) > TOLERANCE)).all()
+        agreed.extend(close.tolist())
+
+    check(2, 16)
+    check(2, 24)
+    compiled_graphs = graphs.count
+    assert 0 < compiled_graphs <= 2
+    for n in 3, 4, 7:
+        check(n, 16)
+        check(n, 24)
+    assert graphs.count == compiled_graphs and sum(agreed) > len(agreed) / 2
+
+
+def agreement(model, path, size, dynamic):
+    pytest.importorskip('onnx', reason="needs onnx: pip install 'convnn-timm[test]'")
+    pytest.importorskip('onnxscript', reason="needs onnxscript: pip install 'convnn-timm[test]'")
+    pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
+    export_onnx(model, path, (3, size, size), batch=3, dynamic_batch=dynamic)
+    images = photos(16, size)
+    return compare_onnx(model, path, images), images
+
+
+@pytest.mark.parametrize('layer, dynamic', [('convnn', True), ('convnn_attn', False), ('convnn_branching', True)])
+def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path):
+    """To 1e-4: most, and all on which PyTorch agrees with itself after a change of a millionth."""
+    model = two_blocks(layer)
+    difference, images = agreement(model, tmp_path / 'model.onnx', 16, dynamic)
+    stable = sensitivity(model, images) <= TOLERANCE
+    assert stable.sum() >= 4 and difference[stable].max() <= TOLERANCE
+    assert (difference <= TOLERANCE).sum() >= 8
+    assert compare_onnx(two_blocks(layer, K=5), tmp_path / 'model.onnx', images).min() > TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_onnx_of_a_whole_network_agrees_on_photographs(layer, tmp_path):
+    difference, _ = agreement(whole(layer), tmp_path / 'model.onnx', 32, True)
+    assert difference.max() <= TOLERANCE
