@@ -1,12 +1,14 @@
 """The model card of a published weight, made from the files beside it: no figure in it is typed by hand.
 
-The figures come from training/ (what the run and its twin recorded, and evaluation.json), sizes and costs from the
-model that config.json describes.
+The figures come from training/ (what the run, its repetitions with other seeds and its twin recorded, and
+evaluation.json), sizes and costs from the model that config.json describes.
 """
+import inspect
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Dict, List, Optional
 
 import timm
@@ -15,11 +17,15 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .conversion import convert
+from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs
 from .models._weights import namespace
 from .train_folder import NOT_RECORDED, read_summary
 
-__all__ = ['build_model', 'read_config', 'write_card']
+__all__ = [
+    'PLACES', 'Card', 'Record', 'build_model', 'count_parameters', 'machine_name', 'read_card', 'read_config',
+    'write_card']
 
 # Data sets by the tag that names them: identifier on the Hub, and name.
 DATASETS = {
@@ -35,6 +41,15 @@ KINDS = {
     'convnn_attn': 'whose layers attend to the most similar positions of the map (ConvNN attention)',
     'convnn_branching': 'whose layers join a convolution with one over the most similar positions of the map (ConvNN)',
     'convnn_branching_attn': 'whose layers join a convolution with attention to the most similar positions (ConvNN)',
+    'converted': 'whose convolutions ConvNN layers replaced',
+}
+# What arguments of a layer change in the form that it has in the paper, which is that of its defaults.
+DEPARTURES = {
+    ('sampling_type', 'random'): 'neighbours are searched among {num_samples} random positions',
+    ('sampling_type', 'spatial'): 'neighbours are searched among a grid of {num_samples} x {num_samples} positions',
+    ('branch_norm', True): 'the outputs of both branches are normalised before they are mixed',
+    ('pointwise_init', 'identity'): 'the 1x1 convolution that mixes the branches starts as the identity',
+    ('pointwise_init', 'zero'): "the 1x1 convolution that mixes the branches starts without ConvNN's outputs",
 }
 # Arguments that change where a run reads, writes and computes, not what.
 PLACES = {
@@ -80,12 +95,21 @@ class Record:
     @property
     def speed(self) -> float:
         """Images a second in training, mean over the epochs."""
-        return sum(float(row['train_images_per_s']) for row in self.summary) / len(self.summary)
+        return mean(float(row['train_images_per_s']) for row in self.summary)
+
+    def epoch_seconds(self, images: int) -> float:
+        """Seconds that an epoch of so many images takes in training, mean over the epochs."""
+        return mean(images / float(row['train_images_per_s']) for row in self.summary)
 
     @property
     def machine(self) -> str:
-        names = [env['gpu'] or f'{env["cpu"]}, {env["threads"]} threads' for env in self.environments]
-        return ', then '.join(dict.fromkeys(names))
+        return ', then '.join(dict.fromkeys(map(machine_name, self.environments)))
+
+
+def machine_name(environment: Dict[str, Any]) -> str:
+    """The processor that an environment.json names."""
+    threads = environment['threads']
+    return environment['gpu'] or f'{environment["cpu"]}, {threads} thread{"s" if threads > 1 else ""}'
 
 
 @dataclass
@@ -95,12 +119,35 @@ class Card:
     config: Dict[str, Any]
     evaluation: Dict[str, Any]
     run: Record
+    seeds: List[Record]
     twin: Optional[Record]
     recipe: Optional[Dict[str, Any]]
 
     @cached_property
     def model(self) -> nn.Module:
         return build_model(self.config, 'meta').eval()  # shapes without memory
+
+    @property
+    def layer(self) -> str:
+        """What stands for the 3x3 convolutions, a key of `KINDS`."""
+        return self.config['architecture'].partition('_')[2].removesuffix('_224')
+
+    @property
+    def layer_args(self) -> Dict[str, Any]:
+        """Those of the model's arguments that its layers have a use for."""
+        known = layer_arguments(self.layer) if self.layer in LAYER_TYPES else ()
+        return {name: value for name, value in self.config.get('model_args', {}).items() if name in known}
+
+    @property
+    def runs(self) -> List[Record]:
+        """The run that made the weights, and its repetitions with other seeds."""
+        return [self.run, *self.seeds]
+
+    @property
+    def top1(self) -> str:
+        """What the runs recorded after their last epoch: mean, and sample standard deviation if they are several."""
+        values = [run.last('eval_top1') for run in self.runs]
+        return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
 
     @property
     def size(self) -> List[int]:
@@ -120,22 +167,28 @@ class Card:
         return f'{self.dataset} ({note})' if note else self.dataset
 
 
-def write_card(folder: Path, name: str) -> None:
-    """Write README.md into the folder of a published weight.
+def read_card(folder: Path, name: str) -> Card:
+    """Read what a card is made from.
 
     Args:
-        folder: The folder, with everything but the card in it.
+        folder: The folder of a published weight.
         name: Name of the weight, `<arch>.<tag>`.
     """
     twin, recipe = folder / 'training' / 'twin', folder / 'training' / 'recipe.yaml'
-    card = Card(
+    return Card(
         name=name,
         config=read_config(folder),
         evaluation=json.loads((folder / 'training' / 'evaluation.json').read_text()),
         run=Record(folder / 'training'),
+        seeds=[Record(path) for path in sorted((folder / 'training' / 'seeds').glob('*'))],
         twin=Record(twin) if twin.is_dir() else None,
         recipe=yaml.safe_load(recipe.read_text()) if recipe.is_file() else None,
     )
+
+
+def write_card(folder: Path, name: str) -> None:
+    """Write README.md into the folder of a published weight, which holds everything else."""
+    card = read_card(folder, name)
     parts = [f'---\n{metadata(card).to_yaml()}\n---', f'# Model card for {name}']
     parts += [section(card) for section in (details, usage, training, evaluation, limitations)]
     parts += [f'## Citation\n\n```bibtex\n{CITATION}\n```']
@@ -170,8 +223,8 @@ def details(card: Card) -> str:
     channels, height, width = card.size
     names = card.config.get('label_names')
     arguments = ', '.join(f'`{key}={value}`' for key, value in card.config.get('model_args', {}).items())
-    kind = KINDS[card.config['architecture'].partition('_')[2]]
-    return f"""An image classifier for timm, {kind}. Trained on {card.data}.
+    speed = card.evaluation['inference']
+    return f"""An image classifier for timm, {KINDS[card.layer]}. Trained on {card.data}.
 
 ## Model Details
 
@@ -180,10 +233,28 @@ def details(card: Card) -> str:
 - **GMACs:** {count_macs(card.model, tuple(card.size)) / 1e9:.4f}, every operator counted
 - **Image size:** {height} x {width}, {channels} channels
 - **Classes:** {card.model.num_classes}{f': {", ".join(names)}' if names else ''}
-- **Architecture:** `{card.config["architecture"]}`, {arguments}
+- **Architecture:** `{card.config["architecture"]}`, {arguments or "no arguments"}
+- **Layers:** {form(card)}
+- **Inference:** {speed["images_per_s"]:.0f} images/s, float32, batches of {speed["batch_size"]}, on {speed["machine"]}
 - **Weights:** {card.evaluation["stored"]}, safetensors
 - **Paper:** Attention Via Convolutional Nearest Neighbors: https://arxiv.org/abs/2511.14137
 - **Original:** https://github.com/mingikang31/Convolutional-Nearest-Neighbor"""
+
+
+def form(card: Card) -> str:
+    """In which form the model has its layers, in a sentence."""
+    if card.layer == 'conv2d':
+        return 'convolutions of PyTorch, for which the arguments of ConvNN layers mean nothing'
+    if card.layer not in LAYER_TYPES:
+        return 'as the arguments say'
+    parameters, given = inspect.signature(LAYER_TYPES[card.layer]).parameters, card.layer_args
+    changes = []
+    for name, value in given.items():
+        if text := DEPARTURES.get((name, value)):
+            changes.append(text.format(**given))
+        elif value != parameters[name].default and name != 'num_samples':
+            changes.append(f'`{name}` is {value}, not {parameters[name].default}')
+    return 'as in the paper, with its standard arguments' + (f', except that {"; ".join(changes)}' if changes else '')
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -200,10 +271,15 @@ def usage(card: Card) -> str:
         embeddings = card.model.forward_head(features, pre_logits=True)
         maps = card.model.forward_intermediates(images, intermediates_only=True)
     listed = '\n'.join(f'#   {tuple(feature.shape)}' for feature in maps)
+    source = f'hf-hub:{namespace()}/{name}'
+    if card.layer == 'converted':
+        where, name = 'It rebuilds the network from its base and the conversion.', source
+    else:
+        where = f'A version of it that does not know the name of these weights loads them as `{source}`.'
     return f"""## Model Usage
 
-The architecture is in the package `convnn_timm`, which must be installed. A version of it that does not know the name
-of these weights loads them as `hf-hub:{namespace()}/{name}`.
+The architecture is in the package `convnn_timm`, which must be installed.
+{where}
 
 ### Image Classification
 
@@ -291,11 +367,33 @@ def evaluation(card: Card) -> str:
     return f"""## Evaluation
 
 On all {measured[stored]["images"]:,} images of the split `{measured["split"]}` of {card.data}, mean over the images.
-The weights are those of the last epoch ({card.run.epochs}), not of the best one. One run, seed {card.run.args["seed"]}.
+The weights are those of the last epoch ({card.run.epochs}), not of the best one; seed {card.run.args["seed"]}.
 
 | weights | top-1 | top-5 | loss |
 |---|---|---|---|
-{rows}{comparison(card)}"""
+{rows}
+
+{seeds(card)}{comparison(card)}"""
+
+
+def seeds(card: Card) -> str:
+    """How much the result depends on the seed, as the runs recorded it."""
+    if not card.seeds:
+        return 'This is one run with 1 seed: how far others would differ from it was not measured.'
+    rows = '\n'.join(
+        f'| {run.args["seed"]} | {run.last("eval_top1"):.2f} | {run.last("eval_top5"):.2f} |' for run in card.runs)
+    return f"""### Seeds
+
+The same training with {len(card.runs)} seeds, as recorded after the last epoch{held_out(card.run)}.
+Top-1, mean and sample standard deviation: **{card.top1}**.
+
+| seed | top-1 | top-5 |
+|---|---|---|
+{rows}"""
+
+
+def held_out(run: Record) -> str:
+    return ', on images held out of the training set' if run.args['holdout'] else ''
 
 
 def comparison(card: Card) -> str:
@@ -303,7 +401,7 @@ def comparison(card: Card) -> str:
     if card.twin is None:
         return ''
     run, twin = card.run, card.twin
-    keys = {*run.args, *twin.args} - PLACES - {'model', 'model_kwargs'}
+    keys = {*run.args, *twin.args} - PLACES - {'model', 'model_kwargs', 'convert'}
     different = [
         f'`{key}`: {run.args.get(key)} here, {twin.args.get(key)} there'
         for key in sorted(keys) if run.args.get(key) != twin.args.get(key)]
@@ -314,7 +412,7 @@ def comparison(card: Card) -> str:
 ### Model Comparison
 
 The twin was trained with {arguments}. Both as recorded after the last
-epoch of training{", on images held out of the training set" if run.args["holdout"] else ""}.
+epoch of training{held_out(run)}.
 
 | model | arguments | seed | epochs | top-1 | top-5 | parameters (M) | GMACs | images/s in training |
 |---|---|---|---|---|---|---|---|---|
@@ -324,14 +422,17 @@ The machine of the twin: {twin.machine}."""
 
 
 def comparison_row(record: Record) -> str:
-    args = record.args
+    args = {'convert': {}, **record.args}
     kwargs = dict(args['model_kwargs'])
     if args['input_size']:
         kwargs['in_chans'] = args['input_size'][0]
     model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)
+    if args['convert']:
+        convert(model, **args['convert'])
     size = timm.data.resolve_data_config(args, model=model)['input_size']
+    arguments = {**args['model_kwargs'], **args['convert']}
     cells = [
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in args['model_kwargs'].items()), args['seed'],
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()), args['seed'],
         record.epochs, f'{record.last("eval_top1"):.2f}', f'{record.last("eval_top5"):.2f}',
         f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{record.speed:.0f}']
     return f'| {" | ".join(map(str, cells))} |'
@@ -342,10 +443,11 @@ def limitations(card: Card) -> str:
         f'- It knows the classes of {card.dataset} and answers with one of them whatever an image shows.',
         f'- It was trained and measured at {card.size[1]} x {card.size[2]} pixels. Other images are resized to that.',
         '- Robustness, calibration and fairness were not measured.',
-        '- One run says little about small differences between models: runs with other seeds differ too.',
     ]
-    sampling = card.config.get('model_args', {}).get('sampling_type', 'all')
-    if 'convnn' in card.config['architecture'] and sampling == 'all':
+    if not card.seeds:
+        lines += ['- One run says little about small differences between models: runs with other seeds differ too.']
+    sampling = card.layer_args.get('sampling_type', 'all')
+    if 'convnn' in card.layer and sampling == 'all':
         lines += ['- Each position is compared with every other one: the cost grows with the square of their number.']
     if sampling == 'random':
         lines += ['- Similar positions are searched among random ones. In evaluation these are the same on each call.']

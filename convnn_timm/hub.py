@@ -6,7 +6,8 @@ A published weight is a folder `<arch>.<tag>/`, and the same files are its repos
     model.safetensors     the weights
     golden.safetensors    inputs and the logits that belong to them
     README.md             the model card, made by card.py from the other files
-    training/             what the run recorded, evaluation.json, and of the convolution twin what it recorded
+    training/             what the run recorded, evaluation.json, and in seeds/ and twin/ what its repetitions with
+                          other seeds and its convolution twin recorded
 
 The package's manifest.json has a line for each; models/_weights.py reads it where the weights are loaded.
 """
@@ -17,8 +18,10 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from statistics import median
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -34,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 import convnn_timm.models  # noqa: F401, registers the models
-from .card import build_model, read_config, write_card
+from .card import PLACES, Record, build_model, machine_name, read_config, write_card
 from .models import _weights
 from .models._weights import (
     HUB_FAILURES, WEIGHTS, WeightsError, check_file, explain, find_entry, local_file, manifest_revision, namespace,
@@ -42,7 +45,7 @@ from .models._weights import (
 from .train import evaluate
 from .train_args import UsageError, parse_args, recipe_names
 from .train_data import create_batches, create_parts
-from .train_folder import read_summary
+from .train_folder import environment, read_summary
 
 __all__ = ['WeightsError', 'check_folder', 'export', 'pull', 'push', 'verify']
 
@@ -50,6 +53,7 @@ __all__ = ['WeightsError', 'check_folder', 'export', 'pull', 'push', 'verify']
 HALF_PRECISION_LOSS = 0.05
 # Between golden logits and those computed again; both in float64, where machines differ by far less.
 GOLDEN_TOLERANCE = 1e-6
+MEASURED_SECONDS = 3.  # in which the speed of inference is measured
 PHOTOGRAPHS = ('china.jpg', 'flower.jpg')  # come with scikit-learn
 NEW_TOKEN = f'{constants.ENDPOINT}/settings/tokens makes one with write access'
 CONFIG, GOLDEN, CARD = 'config.json', 'golden.safetensors', 'README.md'
@@ -68,6 +72,7 @@ def export(
         data_dir: str = '',
         device: str = 'cpu',
         force: bool = False,
+        seeds: Sequence[Path] = (),
 ) -> Path:
     """Make the folder of a published weight from the run folder that trained it, and write its line in the manifest.
 
@@ -83,14 +88,16 @@ def export(
         data_dir: Where the images are now, if they were moved.
         device: Where to evaluate.
         force: Replace a folder that is there.
+        seeds: Run folders of the same training with other seeds, for the spread of its results.
 
     Returns:
         The folder.
 
     Raises:
-        WeightsError: The run is not finished or not of this package, the folder is there, or the images are not.
+        WeightsError: The run is not finished or not of this package, one of `seeds` is another training, the folder is
+            there, or the images are not.
     """
-    for folder in filter(None, (run, twin)):
+    for folder in filter(None, (run, twin, *seeds)):
         if not (folder / 'model' / WEIGHTS).is_file() or not read_summary(folder):
             raise WeightsError(
                 f'{folder} is no run folder of a finished training. To finish one: '
@@ -98,27 +105,33 @@ def export(
     if not re.fullmatch('[a-z0-9][a-z0-9_]*', tag):
         raise WeightsError(f'--tag {tag}: small letters, digits and underscores, such as cifar10')
     config = read_config(run / 'model')
-    if not timm.models.is_model_in_modules(config['architecture'], ['convnn_resnet', 'convnn_vgg']):
+    if not timm.models.is_model_in_modules(
+            config['architecture'], ['convnn_converted', 'convnn_resnet', 'convnn_vgg']):
         raise WeightsError(f'{run} trained {config["architecture"]}, which is no model of this package')
-    name = f'{config["architecture"]}.{tag}'
+    check_seeds(run, seeds)
+    name = f'{published_architecture(config)}.{tag}'
     folder = output / name
     if folder.exists() and not force:
         raise WeightsError(f'{folder} is there already: --force replaces it, --output DIR makes it elsewhere')
 
-    args, model, loader = open_evaluation(run, data_dir, device)
+    args, model, loader, train_images = open_evaluation(run, data_dir, device)
     stored, results, state_dict = choose_precision(model, loader, args.channels_last)
+    inference = measure_speed(model, tuple(config['pretrained_cfg']['input_size']), args)
     new = output / f'.{name}.partial'
     shutil.rmtree(new, ignore_errors=True)
-    (new / 'training').mkdir(parents=True)
+    new.mkdir(parents=True)
     config['pretrained_cfg']['tag'] = tag
     (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
     save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
     write_golden(new)
     copy_record(run, new / 'training')
     if twin:
-        (new / 'training' / 'twin').mkdir()
         copy_record(twin, new / 'training' / 'twin')
-    evaluation = dict(tag=tag, split=args.val_split, note=data_note, stored=stored, **results)
+    for repetition in seeds:
+        copy_record(repetition, new / 'training' / 'seeds' / str(Record(repetition).args['seed']))
+    evaluation = dict(
+        tag=tag, split=args.val_split, note=data_note, train_images=train_images, stored=stored, **results,
+        inference=inference)
     (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
     write_card(new, name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -143,17 +156,40 @@ def export(
     return folder
 
 
-def open_evaluation(run: Path, data_dir: str, device: str) -> Tuple[Any, nn.Module, Any]:
-    """The run's arguments, its model, and batches of its whole evaluation split, also if it held images out."""
+def published_architecture(config: Dict[str, Any]) -> str:
+    """First half of the name; converted models, which share an architecture, are called after their base."""
+    if config['architecture'] == 'convnn_converted':
+        return f'{config["model_args"]["base"].partition(".")[0]}_converted'
+    return config['architecture']
+
+
+def check_seeds(run: Path, seeds: Sequence[Path]) -> None:
+    """Make sure that runs are the same training, each with a seed of its own."""
+    first, used = Record(run), {}
+    for folder in (run, *seeds):
+        record = Record(folder)
+        args, seed = record.args, record.args['seed']
+        keys = {*first.args, *args} - PLACES - {'seed'}
+        if different := [key for key in sorted(keys) if first.args.get(key) != args.get(key)]:
+            raise WeightsError(f'{folder} is no repetition of {run}: they differ in {", ".join(different)}')
+        if record.epochs != first.epochs:
+            raise WeightsError(f'{folder} has {record.epochs} epochs, {run} {first.epochs}')
+        if seed in used:
+            raise WeightsError(f'{folder} and {used[seed]} have the same seed, {seed}')
+        used[seed] = folder
+
+
+def open_evaluation(run: Path, data_dir: str, device: str) -> Tuple[Any, nn.Module, Any, int]:
+    """The run's arguments and model, batches of its whole evaluation split, and how many images it was trained on."""
     moved = ['--data-dir', data_dir] if data_dir else []
     try:
         args = parse_args(['-c', str(run / 'args.yaml'), '--device', device, '--holdout', '0', *moved])
-        _, part, _ = create_parts(args)
+        train_part, part, _ = create_parts(args)
         model = timm.create_model(f'local-dir:{run / "model"}', pretrained=True).to(device)
         loader = create_batches(part, args, resolve_data_config(vars(args), model=model), torch.device(device))
     except UsageError as error:
         raise WeightsError(f'{run} cannot be evaluated: {error}. --data-dir says where its images are now') from error
-    return args, model, loader
+    return args, model, loader, len(train_part) - Record(run).args['holdout']
 
 
 def choose_precision(
@@ -175,8 +211,26 @@ def choose_precision(
     return stored, results, weights[stored]
 
 
+def measure_speed(model: nn.Module, size: Tuple[int, int, int], args: Any, batch_size: int = 64) -> Dict[str, Any]:
+    """Images a second in inference, and where that was."""
+    images = torch.randn(batch_size, *size, device=args.device)
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    model.eval()
+    times = []
+    with torch.inference_mode():
+        model(images)  # what is only done once is not counted
+        while sum(times) < MEASURED_SECONDS:
+            start = time.perf_counter()
+            model(images).cpu()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+    machine = machine_name(environment(args, []))
+    return dict(images_per_s=batch_size / median(times), batch_size=batch_size, machine=machine)
+
+
 def copy_record(run: Path, folder: Path) -> None:
     """Copy what a run recorded, without the places of files on the machine that it ran on."""
+    folder.mkdir(parents=True)
     args = yaml.safe_load((run / 'args.yaml').read_text())
     absolute = {value for value in args.values() if isinstance(value, str) and os.path.isabs(value)}
     for file in [run / 'args.yaml', *sorted(run.glob('environment*.json'))]:

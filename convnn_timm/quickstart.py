@@ -1,29 +1,51 @@
-"""The first thing to run: from scans of handwritten digits to a trained network and a picture of what it reads.
+"""The first thing to run: what a trained network sees in photographs, then one trained on handwritten digits.
 
-The scans are real and come with scikit-learn (`load_digits`: 1,797 scans of 8x8, from 43 writers; the writers of the
-held-out scans are those of the training scans), so nothing is downloaded. Everything lands in one folder:
+The photographs come with packages that this one needs, the trained network from the checkout or the Hub; where it
+cannot be had, they are left out. The digits are real scans that come with scikit-learn (`load_digits`: 1,797 scans of
+8x8, from 43 writers; the writers of the held-out scans are those of the training scans). It all lands in one folder:
 
+    photographs.png                               photographs with what the pretrained network takes them for
     digits/{train,validation}/<digit>/NNNN.png    the scans
     run/                                          the training run, its model in run/model/
     predictions.png                               held-out scans with what the network read
 
 Run again, it goes on where it stopped: the scans stay, an interrupted training resumes, a finished one is only shown.
 """
+import logging
 import os
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import TYPE_CHECKING, List, NamedTuple, Sequence, Tuple
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ['QuickstartError', 'quickstart']
 
 MODEL = 'resnet18_convnn_branching'
 GOAL = 95.0  # percent of the held-out scans
+# Photographs by what they show, and where packages keep them.
+PHOTOGRAPHS = {
+    'a cat': ('skimage', 'data/chelsea.png'),
+    'a rocket': ('skimage', 'data/rocket.jpg'),
+    'a flower': ('sklearn', 'datasets/images/flower.jpg'),
+    'a palace': ('sklearn', 'datasets/images/china.jpg'),
+}
 NOTE = 'Made by `convnn-timm quickstart`. Nothing else depends on this folder: delete it when you like.\n'
 
 
 class QuickstartError(Exception):
     """The quickstart cannot go on, or ended below its goal; the message says what to do."""
+
+
+class Guess(NamedTuple):
+    """A photograph, what it shows, the names that the network finds most probable, and the square that it looked at."""
+    path: Path
+    title: str
+    answers: List[Tuple[str, float]]
+    seen: 'torch.Tensor'
 
 
 class Reading(NamedTuple):
@@ -39,7 +61,7 @@ class Reading(NamedTuple):
 
 
 def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[str] = ()) -> float:
-    """Write the digits, train on them, load the trained model back, read held-out scans with it.
+    """Name photographs; write the digits, train on them, load the trained model back, read held-out scans with it.
 
     Args:
         output: Folder to make, or one that an earlier call made.
@@ -58,21 +80,24 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
     data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
     claim_folder(output)
 
-    say('1. Data', f'1,797 scans of handwritten digits, 8x8, that come with scikit-learn: {data}')
+    say('1. Photos', f"timm.create_model('{MODEL}', pretrained=True)")
+    show_photographs(output / 'photographs.png')
+
+    say('2. Data', f'1,797 scans of handwritten digits, 8x8, that come with scikit-learn: {data}')
     write_digits(data)
     counts = {split: len(list((data / split).rglob('*.png'))) for split in ('train', 'validation')}
     say('', f'{counts["train"]:,} to train on, {counts["validation"]:,} held out, as 16x16 PNG, one folder per digit.')
 
-    say('2. Training', f'{MODEL} on the CPU. In each 3x3 layer of this ResNet, half of the channels')
+    say('3. Training', f'{MODEL} on the CPU. In each 3x3 layer of this ResNet, half of the channels')
     say('', 'look at the pixels around a pixel, the other half at the pixels most like it.')
     train_digits(data, run, train_args)
 
-    say('3. Loading', f"timm.create_model('local-dir:{run / 'model'}', pretrained=True)")
+    say('4. Loading', f"timm.create_model('local-dir:{run / 'model'}', pretrained=True)")
     readings = read_digits(run / 'model', data / 'validation')
     accuracy = 100 * sum(r.right for r in readings) / len(readings)
     say('', f'It reads {accuracy:.2f} % of the {len(readings)} held-out scans right.')
 
-    say('4. Picture', f'Some of them, all mistakes first: {picture}')
+    say('5. Picture', f'Some of them, all mistakes first: {picture}')
     draw(readings, picture)
     if accuracy < GOAL:
         raise QuickstartError(
@@ -99,6 +124,68 @@ def claim_folder(folder: Path) -> None:
         raise QuickstartError(f'{folder} exists and is not from a quickstart; choose another folder with --output')
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(NOTE)
+
+
+def show_photographs(picture: Path, name: str = MODEL) -> None:
+    """Let pretrained weights name the photographs; says why if there are none, which is no reason to stop.
+
+    Args:
+        picture: File to draw them into.
+        name: Name of the model, for `timm.create_model`.
+    """
+    import timm
+    import convnn_timm.models  # noqa: F401, registers the models
+
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # without network it reports each of its attempts
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except RuntimeError as error:  # WeightsError, or timm's if there are none
+        say('', f'Left out, no trained weights can be had: {" ".join(str(error).split())}')
+        return
+    guesses = name_photographs(model)
+    for guess in guesses:
+        say('', f'{guess.title + ":":<11}' + ', '.join(f'{answer} {100 * p:.0f} %' for answer, p in guess.answers))
+    say('', f'It answers with one of these, whatever it sees: {", ".join(model.pretrained_cfg["label_names"])}.')
+    draw_photographs(guesses, picture)
+    say('', f'The photographs, and what it saw of them: {picture}')
+
+
+def name_photographs(model: 'torch.nn.Module', topk: int = 3) -> List[Guess]:
+    """Classify those of the photographs whose package is installed."""
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config({}, model=model)
+    transform = create_transform(**config, is_training=False)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    names, guesses = model.pretrained_cfg['label_names'], []
+    for title, (package, file) in PHOTOGRAPHS.items():
+        spec = find_spec(package)  # of a package that need not be imported
+        if spec is None or not (path := Path(spec.origin).parent / file).is_file():
+            continue
+        pixels = transform(Image.open(path).convert('RGB'))
+        with torch.inference_mode():
+            probabilities, indices = model(pixels[None]).softmax(dim=-1)[0].topk(topk)
+        answers = [(names[index], p) for index, p in zip(indices, probabilities.tolist())]
+        guesses.append(Guess(path, title, answers, (pixels * std + mean).clip(0, 1)))
+    return guesses
+
+
+def draw_photographs(guesses: List[Guess], picture: Path) -> None:
+    """Draw the photographs with the answers as titles, and below each what the network saw of it."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(3 * len(guesses), 6.4), layout='constrained')
+    for axes, guess in zip(figure.subplots(2, len(guesses), squeeze=False).T, guesses):
+        for ax in axes:
+            ax.axis('off')
+        axes[0].imshow(Image.open(guess.path))
+        axes[0].set_title('\n'.join(f'{answer} {100 * p:.0f} %' for answer, p in guess.answers), fontsize=13)
+        axes[1].imshow(guess.seen.permute(1, 2, 0).numpy())
+        axes[1].set_title(f'{guess.title}, {"x".join(map(str, guess.seen.shape[1:]))} pixels of it', fontsize=11)
+    figure.savefig(picture, dpi=110)
 
 
 def write_digits(folder: Path) -> None:

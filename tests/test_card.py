@@ -1,5 +1,7 @@
 """From a run to the folder of a published weight: what is in it, and that its card tells what the run recorded."""
+import csv
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -21,6 +23,8 @@ from convnn_timm.train import main as train
 NAME = 'resnet18_convnn_branching.cifar10'
 CLASSES = ('bee', 'cat', 'dog')
 PACKAGE = Path(hub.__file__).parent
+ROOT = Path(__file__).parents[1]
+SHIPPED = {path.parent.name: path.parent for path in (ROOT / 'model_cards').glob('*/config.json')}
 
 
 @functools.cache
@@ -45,8 +49,28 @@ def publish(base: Path) -> Path:
         patch.setattr(_weights, 'MANIFEST', root / 'convnn_timm' / 'manifest.json')
         hub.export(
             root / 'output' / 'resnet18_convnn_branching', 'cifar10', root / 'cards',
-            twin=root / 'output' / 'resnet18_conv2d', data_note='made of noise')
+            twin=root / 'output' / 'resnet18_conv2d', data_note='made of noise',
+            seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)])
     return root
+
+
+def repeat(run: Path, seed: int, points: float = 5., **args) -> Path:
+    """A run folder as the same training with another seed would leave it, after so many points more or less."""
+    folder = Path(shutil.copytree(run, run.with_name(f'{run.name}-{seed}')))
+    recorded = yaml.safe_load((run / 'args.yaml').read_text())
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**recorded, 'seed': seed, 'experiment': folder.name, **args}))
+    set_top1(folder, last_top1(run) + points)
+    return folder
+
+
+def last_top1(folder: Path) -> float:
+    return float(list(csv.DictReader((folder / 'summary.csv').open()))[-1]['eval_top1'])
+
+
+def set_top1(folder: Path, top1: float) -> None:
+    lines = [line.split(',') for line in (folder / 'summary.csv').read_text().splitlines()]
+    lines[-1][lines[0].index('eval_top1')] = str(top1)
+    (folder / 'summary.csv').write_text('\n'.join(map(','.join, lines)) + '\n')
 
 
 @pytest.fixture(scope='module')
@@ -79,15 +103,25 @@ def rewrite(file, **changes):
 
 # The folder
 
-def test_every_shipped_weight_is_whole_and_its_card_runs_as_printed():
-    entries = json.loads((PACKAGE / 'manifest.json').read_text())
-    folders = {path.parent.name: path.parent for path in (PACKAGE.parent / 'model_cards').glob('*/config.json')}
-    assert set(folders) == {entry['name'] for entry in entries}
-    for entry in entries:
-        assert hub.check_folder(folders[entry['name']], entry) == []
-        text = (folders[entry['name']] / 'README.md').read_text()
-        for code in re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
-            exec(compile(code, entry['name'], 'exec'), {})
+def test_the_manifest_and_the_folders_name_the_same_weights():
+    assert set(SHIPPED) == {entry['name'] for entry in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text())}
+    assert sum((folder / 'model.safetensors').stat().st_size for folder in SHIPPED.values()) < 120e6
+
+
+@pytest.mark.parametrize('name', SHIPPED)  # none, and skipped, as long as no weights are published
+def test_a_shipped_weight_is_whole(name):
+    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
+    assert hub.check_folder(SHIPPED[name], entry) == []
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_the_card_of_a_shipped_weight_runs_as_printed(name, monkeypatch):
+    monkeypatch.setenv('CONVNN_TIMM_ZOO', str(ROOT / 'model_cards'))
+    text = (SHIPPED[name] / 'README.md').read_text()
+    blocks = re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3 and 'More Information Needed' not in text
+    for code in blocks:
+        exec(compile(code, name, 'exec'), {})
 
 
 def test_what_is_in_the_folder(published):
@@ -96,7 +130,7 @@ def test_what_is_in_the_folder(published):
     record = {'args.yaml', 'curve.png', 'environment.json', 'recipe.yaml', 'summary.csv'}
     assert files == {
         'README.md', 'config.json', 'golden.safetensors', 'model.safetensors', 'training/evaluation.json',
-        *(f'training/{name}' for name in record), *(f'training/twin/{name}' for name in record)}
+        *(f'training/{part}{name}' for part in ('', 'twin/', 'seeds/1/') for name in record)}
     assert [path.name for path in (published / 'cards').iterdir()] == [NAME]  # nothing half made
     for path in folder.rglob('*.*'):
         if path.suffix in ('.md', '.json', '.yaml', '.csv'):
@@ -161,6 +195,26 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
         capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path, '--data-dir', 'nowhere')
 
 
+def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path):
+    run = published / 'output' / 'resnet18_convnn_branching'
+
+    def refused(folder):
+        with pytest.raises(hub.WeightsError) as error:
+            hub.export(run, 'cifar10', tmp_path / 'cards', seeds=[folder])
+        return str(error.value)
+
+    copy = Path(shutil.copytree(run, tmp_path / 'run'))
+    assert f'{copy} and {run} have the same seed, 0' in refused(copy)
+    other = repeat(copy, 1, lr=0.3, epochs=9)
+    assert f'{other} is no repetition of {run}: they differ in epochs, lr' in refused(other)
+    shorter = repeat(copy, 2)
+    (shorter / 'summary.csv').write_text('\n'.join((copy / 'summary.csv').read_text().splitlines()[:2]) + '\n')
+    assert f'{shorter} has 1 epochs, {run} 2' in refused(shorter)
+    (shorter / 'summary.csv').unlink()
+    assert f'{shorter} is no run folder of a finished training' in refused(shorter)
+    assert not (tmp_path / 'cards').exists()
+
+
 def test_published_tags_are_known_to_timm_beside_the_default_ones(manifest):
     entry, = json.loads(manifest.read_text())
     manifest.write_text(json.dumps([entry, {**entry, 'name': 'resnet18_convnn.digits'}]))
@@ -189,16 +243,49 @@ def test_the_card_tells_what_was_recorded(published):
     assert titles == [
         'Model Details', 'Model Usage', 'Training', 'Evaluation', 'Limitations', 'Citation']
     assert 'More Information Needed' not in text and 'None' not in text
+    evaluation = json.loads((published / 'cards' / NAME / 'training' / 'evaluation.json').read_text())
     model = timm.create_model(f'local-dir:{published}/cards/{NAME}', pretrained=True)
     assert f'**Parameters (M):** {sum(p.numel() for p in model.parameters()) / 1e6:.2f}' in text
     assert 'CIFAR-10 (made of noise)' in text and '3: bee, cat, dog' in text and '`num_samples=32`' in text
     assert '`epochs: 2`' in text and '`batch_size: 8`' in text  # where the run left its recipe
     assert 'On all 24 images of the split `validation`' in text
+    speed = evaluation['inference']
+    assert f'{speed["images_per_s"]:.0f} images/s, float32, batches of 64, on {speed["machine"]}' in text
     for folder in ('training', 'training/twin'):
         last = (published / 'cards' / NAME / folder / 'summary.csv').read_text().split()[-1].split(',')
         model = yaml.safe_load((published / 'cards' / NAME / folder / 'args.yaml').read_text())['model']
         assert re.search(rf'\| `{model}` \|.*\| 0 \| 2 \| {float(last[5]):.2f} \| {float(last[6]):.2f} \|', text)
     assert 'The twin was trained with the same arguments.' in text
+
+
+def test_the_card_says_how_far_seeds_differ(card):
+    training = card / 'training'
+    repeat(training / 'seeds' / '1', 2).rename(training / 'seeds' / '2')
+    for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'seeds' / '2', 92.5)):
+        set_top1(folder, top1)
+    hub.write_card(card, NAME)
+    text = (card / 'README.md').read_text()
+    assert 'The same training with 3 seeds, as recorded after the last epoch.' in text
+    assert 'sample standard deviation: **91.17 ± 1.26**' in text and '| 1 | 91.00 |' in text and '1 seed:' not in text
+    shutil.rmtree(training / 'seeds')
+    hub.write_card(card, NAME)
+    text = (card / 'README.md').read_text()
+    assert 'one run with 1 seed: how far others would differ from it was not measured' in text and '±' not in text
+
+
+@pytest.mark.parametrize('architecture, model_args, text', [
+    ('resnet18_convnn', {'sampling_type': 'all', 'K': 9}, 'as in the paper, with its standard arguments\n'),
+    ('resnet18_convnn_branching_224', dict(
+        sampling_type='random', num_samples=64, branch_norm=True, pointwise_init='identity', K=5, global_pool='avg'),
+     'except that neighbours are searched among 64 random positions; the outputs of both branches are normalised '
+     'before they are mixed; the 1x1 convolution that mixes the branches starts as the identity; `K` is 5, not 9\n'),
+    ('resnet18_conv2d', dict(sampling_type='random'), 'convolutions of PyTorch, for which'),
+    ('convnn_converted', dict(base='test_resnet', convert=dict(branch_ratio=0.25)), 'as the arguments say\n')])
+def test_the_card_says_in_which_form_the_layers_are(card, architecture, model_args, text):
+    rewrite(card / 'config.json', architecture=architecture, model_args=model_args)
+    hub.write_card(card, NAME)
+    line, = re.findall(r'^- \*\*Layers:\*\* (.*\n)', (card / 'README.md').read_text(), re.MULTILINE)
+    assert line.endswith(text) or line.startswith(text)
 
 
 def test_the_card_says_where_the_twin_differs(published, card):
@@ -210,6 +297,7 @@ def test_the_card_says_where_the_twin_differs(published, card):
 
 def test_a_card_without_twin_recipe_classes_or_known_data(card):
     shutil.rmtree(card / 'training' / 'twin')
+    shutil.rmtree(card / 'training' / 'seeds')
     (card / 'training' / 'recipe.yaml').unlink()
     rewrite(card / 'config.json', label_names=None)
     rewrite(card / 'training' / 'evaluation.json', tag='noise', note='')
@@ -217,6 +305,53 @@ def test_a_card_without_twin_recipe_classes_or_known_data(card):
     text = (card / 'README.md').read_text()
     assert 'twin' not in text and 'recipe' not in text and 'None' not in text and 'Trained on noise.' in text
     assert ModelCard.load(card / 'README.md').data.datasets is None
+
+
+# The tables of results
+
+@pytest.fixture(scope='module')
+def results_table():
+    spec = importlib.util.spec_from_file_location('results_table', ROOT / 'train_scripts' / 'results_table.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_in_the_repository_are_what_the_command_writes(results_table):
+    for file, text in results_table.tables().items():
+        assert file.read_text() == text, f'{file}: run python train_scripts/results_table.py'
+
+
+def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
+    for folder in (tmp_path, tmp_path / 'model_cards'):
+        folder.mkdir(exist_ok=True)
+        (folder / 'README.md').write_text('before\n<!-- zoo -->\nold\n<!-- /zoo -->\nafter\n')
+    (tmp_path / 'train_scripts' / 'results').mkdir(parents=True)
+
+    def zoo(file='README.md'):
+        text = results_table.tables(tmp_path)[tmp_path / file]
+        assert re.fullmatch('before\n<!-- zoo -->\n.*\n<!-- /zoo -->\nafter\n', text, re.DOTALL) and 'old' not in text
+        return text
+
+    assert 'No weights are published yet.' in zoo()
+    shutil.copytree(card, tmp_path / 'model_cards' / NAME)
+    training = tmp_path / 'model_cards' / NAME / 'training'
+    for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'twin', 92.5)):
+        set_top1(folder, top1)
+    speeds = [float(row['train_images_per_s']) for row in csv.DictReader((training / 'summary.csv').open())]
+    seconds = sum(48 / speed for speed in speeds) / 2
+    row, = (line for line in zoo().splitlines() if line.startswith(f'| [`{NAME}`](model_cards/{NAME}) |'))
+    cells = [cell.strip() for cell in row.split('|')[2:-1]]
+    assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.0 M', '0.003 G', '2']
+    assert cells[6] == f'{seconds:.0f}' and 'thread' in cells[7]
+    assert f'| [`{NAME}`]({NAME}) |' in zoo('model_cards/README.md') and 'CIFAR-10 (made of noise)' in zoo()
+    assert f"model = timm.create_model('{NAME}', pretrained=True)" in zoo()
+    shutil.rmtree(training / 'seeds')
+    shutil.rmtree(training / 'twin')
+    assert '| 90.00 | 1 seed |  |' in zoo()
+    (tmp_path / 'README.md').write_text('no marks')
+    with pytest.raises(SystemExit, match='README.md needs the lines <!-- zoo --> and <!-- /zoo -->'):
+        zoo()
 
 
 # verify

@@ -104,8 +104,8 @@ def on_the_hub(hub, published):
 
 @pytest.fixture
 def session(forks, published, tmp_path, request):
-    """Runs code as a user would, with the Hub, a cache of the test's own and the published weight not in any folder."""
-    manifest, cards = published / 'convnn_timm' / 'manifest.json', tmp_path / 'model_cards'
+    """Runs code as a user would, with the Hub, a cache of the test's own and the published weight in no place."""
+    manifest, cards = published / 'convnn_timm' / 'manifest.json', tmp_path / 'checkout' / 'model_cards'
     before = manifest.read_text()
     shutil.copytree(published / 'cards', cards)
     hub = request.getfixturevalue('hub')
@@ -178,7 +178,7 @@ print(timm.list_pretrained('resnet18_conv*'), timm.get_pretrained_cfg({NAME!r}).
 
 def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on_the_hub):
     on_the_hub.add_repository(PROJECT, {**files_of(session.folder), 'pytorch_model.bin': b'old', 'README.md': b'old'})
-    done = session("run('push', '--all')", token='hf_write')
+    done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
     assert 'pushed, verified' in done.out and 'status 0' in done.out, done.err
     files = on_the_hub.files(PROJECT)
     assert 'pytorch_model.bin' not in files and files['README.md'] == (session.folder / 'README.md').read_bytes()
@@ -252,7 +252,8 @@ def test_push_continues_after_a_fault(session, hub, method, path, fault, times, 
 # Loading
 
 def test_order_of_the_places_that_weights_are_loaded_from(session, published, on_the_hub):
-    """The folder named, then the checkout's, then the Hub; a folder without that weight is passed over."""
+    """The folder named, then the checkout's, that of the package or the current one, then the Hub; a folder without
+    that weight is passed over."""
     checkout = published / 'model_cards'
     digest = digest_of(session)
     on_the_hub.log.clear()
@@ -260,11 +261,13 @@ def test_order_of_the_places_that_weights_are_loaded_from(session, published, on
         shutil.copytree(session.cards, checkout)
         assert session(f'load({NAME!r})').lines == [digest]
         assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
+        assert session(f"os.chdir('checkout'); load({NAME!r})").lines == [digest]
         (session.folder / WEIGHTS).write_bytes(b'the folder named is asked first')
         assert 'is damaged' in session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).out
         assert not on_the_hub.log
     finally:
         shutil.rmtree(checkout)
+    assert 'is damaged' in session(f"os.chdir('checkout'); load({NAME!r})").out
     (session.folder / WEIGHTS).unlink()
     assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
     assert on_the_hub.log[-1].startswith('GET /lfs/')

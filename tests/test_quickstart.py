@@ -1,11 +1,14 @@
-"""The quickstart: its data, its folder, its picture, and all of it in one go."""
+"""The quickstart: its photographs, its data, its folder, its pictures, and all of it in one go."""
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from convnn_timm import cli
 from convnn_timm import quickstart as qs
+from convnn_timm.models._weights import WeightsError
 
 
 @pytest.fixture(scope='module')
@@ -71,15 +74,70 @@ def test_picture(digits, tmp_path, wrong):
     assert (red > 500) == (wrong > 0)
 
 
+class CatDetector(torch.nn.Module):
+    """Finds the cat where there is much red and little blue."""
+    pretrained_cfg = dict(input_size=(3, 32, 32), crop_pct=1.0, label_names=['bird', 'cat', 'dog', 'frog'])
+
+    def forward(self, x):
+        warmth = (x[:, 0] - x[:, 2]).mean(dim=(1, 2))
+        return torch.stack([-warmth, 20 * warmth - 4, 0 * warmth, warmth - 9], dim=1)
+
+
+@pytest.fixture
+def cat_detector(monkeypatch):
+    """The model that the quickstart loads, whatever has been published."""
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: CatDetector())
+
+
+def test_photographs_are_named_and_drawn(cat_detector, tmp_path, capsys):
+    qs.show_photographs(tmp_path / 'photographs.png')
+    out = capsys.readouterr().out
+    cat, rocket, *_ = [line.split(':')[1].strip() for line in out.splitlines() if line.strip().startswith('a ')]
+    assert cat.startswith('cat ') and rocket.startswith('bird ') and all(line.count('%') == 3 for line in (cat, rocket))
+    assert 'answers with one of these, whatever it sees: bird, cat, dog, frog.' in out and 'photographs.png' in out
+    picture = Image.open(tmp_path / 'photographs.png')
+    assert picture.size[0] > 1000 and picture.size[1] > 500
+
+
+def test_photographs_come_with_packages_that_are_required():
+    """All are there, so a missing one is a package that no longer ships it; a cat is among them."""
+    guesses = qs.name_photographs(CatDetector())
+    assert [guess.title for guess in guesses] == list(qs.PHOTOGRAPHS) and guesses[0].title == 'a cat'
+    for guess in guesses:
+        assert guess.seen.shape == (3, 32, 32) and 0 <= guess.seen.min() < guess.seen.max() <= 1
+        probabilities = [p for _, p in guess.answers]
+        assert probabilities == sorted(probabilities, reverse=True) and len(probabilities) == 3
+
+
+@pytest.mark.parametrize('error', [
+    WeightsError('convnn-timm/x is not in the cache, and the Hub cannot be reached.\nTry again with a connection'),
+    RuntimeError('No pretrained weights exist for x.')])
+def test_without_weights_it_says_so_and_goes_on(monkeypatch, tmp_path, capsys, error):
+    def fail(name, pretrained):
+        raise error
+
+    monkeypatch.setattr(timm, 'create_model', fail)
+    qs.show_photographs(tmp_path / 'photographs.png')
+    line, = capsys.readouterr().out.splitlines()
+    assert line.strip() == f'Left out, no trained weights can be had: {" ".join(str(error).split())}'
+    assert not (tmp_path / 'photographs.png').exists()
+
+
 QUICK = ['--model', 'test_resnet']  # a small model of timm's: seconds, not minutes
 
 
-def test_the_whole_story(tmp_path, capsys):
+@pytest.fixture
+def without_photographs(monkeypatch):
+    monkeypatch.setattr(qs, 'show_photographs', lambda picture: print(picture))
+
+
+def test_the_whole_story(without_photographs, tmp_path, capsys):
     """With a small model of timm's; the second call finds everything done."""
     train_args = [*QUICK, '--epochs', '15', '--lr', '0.01', '--opt', 'adamw']
     accuracy = qs.quickstart(tmp_path, train_args)
     assert accuracy >= 95
     out = capsys.readouterr().out
+    assert f'{tmp_path}/photographs.png' in out.splitlines()
     assert '1,437 to train on, 360 held out' in out and f'reads {accuracy:.2f} % of the 360' in out
     assert (tmp_path / 'predictions.png').read_bytes().startswith(b'\x89PNG')
 
@@ -94,7 +152,7 @@ def test_the_whole_story(tmp_path, capsys):
     assert (tmp_path / 'run' / 'model' / 'model.safetensors').read_bytes() == weights
 
 
-def test_below_the_goal(tmp_path, capsys):
+def test_below_the_goal(without_photographs, tmp_path):
     with pytest.raises(qs.QuickstartError, match=r'95 % is the goal.*curve.png.*delete'):
         qs.quickstart(tmp_path, [*QUICK, '--epochs', '1', '--lr', '1e-9', '--warmup-epochs', '0'])
     assert (tmp_path / 'predictions.png').is_file()

@@ -73,7 +73,7 @@ def test_sizes_of_models():
 
 def test_commands_exist():
     commands = build_parser()._subparsers._group_actions[0].choices
-    named = set(re.findall(r'(?:convnn-timm|-m convnn_timm) (\w+)', README))
+    named = set(re.findall(r'(?:convnn-timm|-m convnn_timm) ([\w-]+)', README))
     assert named == set(commands)
 
 

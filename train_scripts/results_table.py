@@ -1,14 +1,18 @@
-"""Write results/README.md: one row for every run folder under results/, from the files that the run left there.
+"""Write the tables of results, from the files that the runs left: nothing in them is typed.
 
     python train_scripts/results_table.py
+
+results/README.md has a row for every run folder under results/. README.md and model_cards/README.md have one for every
+published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
 """
-import csv
-import json
+import re
 from pathlib import Path
+from typing import Dict, List, Sequence
 
-import yaml
+from convnn_timm.card import Card, Record, count_parameters, read_card
+from convnn_timm.macs import count_macs
 
-RESULTS = Path(__file__).parent / 'results'
+ROOT = Path(__file__).parents[1]
 HEADER = """# Results
 
 Last epoch, whole test set, mean over images. Made by `python train_scripts/results_table.py` from the run folders here; each
@@ -26,28 +30,90 @@ AUTHORS = {
     ('paper_vgg11_ratio0', 1): '51.1, 54.0 on JPEG',
     ('paper_vgg11_ratio0.5', 1): '49.8, 42.3 on JPEG',
 }
+COLUMNS = (
+    'run', 'model', 'seed', 'epochs', 'top-1', 'top-5', "authors' top-1", 'images/s', 'waiting for data', 'machine')
+ZOO_COLUMNS = (
+    'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'machine')
+ZOO = """```python
+import convnn_timm  # registers the models with timm
+import timm
+
+model = timm.create_model('{name}', pretrained=True)
+```
+
+{table}
+Trained on {data}.
+Top-1 is that of the last epoch, on the whole test set, as the training recorded it: the mean over the seeds, and where there are several
+their sample standard deviation; a difference between single runs may be chance. The twin is the network with convolutions, trained in
+the same way. Each model card has the figures of the file itself, and how it was trained.
+"""
+EMPTY_ZOO = 'No weights are published yet.\n'
 
 
-def table_row(run: Path) -> str:
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    environment = json.loads((run / 'environment.json').read_text())
-    last = list(csv.DictReader((run / 'summary.csv').open()))[-1]
-    epochs = int(last['epoch']) + 1
-    arguments = ' '.join(f'{name}={value}' for name, value in args['model_kwargs'].items())
-    machine = environment['gpu'] or f"{environment['cpu']}, {environment['threads']} thread"
-    cells = [
-        f'[{run.name}]({run.name})', f"{args['model']} {arguments}", str(args['seed']), str(epochs),
-        f"{float(last['eval_top1']):.2f}", f"{float(last['eval_top5']):.2f}", AUTHORS.get((run.name, epochs), ''),
-        f"{float(last['train_images_per_s']):.0f}", f"{float(last['train_data_share']):.2%}", machine]
-    return '| ' + ' | '.join(cells) + ' |\n'
+def markdown(columns: Sequence[str], rows: List[Sequence[object]]) -> str:
+    head, *body = (f'| {" | ".join(map(str, line))} |\n' for line in (columns, *rows))
+    return head + '|---' * len(columns) + '|\n' + ''.join(body)
 
 
-def main() -> None:
-    names = ['run', 'model', 'seed', 'epochs', 'top-1', 'top-5', "authors' top-1", 'images/s', 'waiting for data', 'machine']
-    rows = [table_row(path.parent) for path in sorted(RESULTS.glob('*/summary.csv'))]
-    table = f"| {' | '.join(names)} |\n{'|---' * len(names)}|\n{''.join(rows)}"
-    (RESULTS / 'README.md').write_text(HEADER + table)
+def run_row(folder: Path) -> List[str]:
+    run = Record(folder)
+    arguments = ' '.join(f'{name}={value}' for name, value in run.args['model_kwargs'].items())
+    waiting = float(run.summary[-1]['train_data_share'])
+    return [
+        f'[{folder.name}]({folder.name})', f'{run.args["model"]} {arguments}', run.args['seed'], run.epochs, top1(run),
+        f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
+        f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
+
+
+def zoo_row(card: Card, link: str) -> List[str]:
+    twin = f'`{card.twin.args["model"]}` {top1(card.twin)}' if card.twin else ''
+    return [
+        f'[`{card.name}`]({link}{card.name})', card.top1 + on_held_out(card.run), count(len(card.runs), 'seed'), twin,
+        f'{count_parameters(card.model) / 1e6:.1f} M', f'{count_macs(card.model, tuple(card.size)) / 1e9:.3f} G',
+        card.run.epochs, f'{card.run.epoch_seconds(card.evaluation["train_images"]):.0f}', card.run.machine]
+
+
+def top1(run: Record) -> str:
+    return f'{run.last("eval_top1"):.2f}{on_held_out(run)}'
+
+
+def on_held_out(run: Record) -> str:
+    return ' (held out)' if run.args['holdout'] else ''
+
+
+def count(number: int, noun: str) -> str:
+    return f'{number} {noun}{"s" if number > 1 else ""}'
+
+
+def zoo_text(cards: Sequence[Card], link: str) -> str:
+    """The published weights, as Markdown.
+
+    Args:
+        cards: What their model cards are made from.
+        link: Where their folders are, seen from the file that the text is for.
+    """
+    if not cards:
+        return EMPTY_ZOO
+    table = markdown(ZOO_COLUMNS, [zoo_row(card, link) for card in cards])
+    shown = next((card for card in cards if 'convnn' in card.layer), cards[0])
+    data = ', '.join(dict.fromkeys(card.data for card in cards))
+    return ZOO.format(name=shown.name, table=table, data=data)
+
+
+def tables(root: Path = ROOT) -> Dict[Path, str]:
+    """The content of each file that holds a table of results."""
+    results, zoo = root / 'train_scripts' / 'results', root / 'model_cards'
+    runs = [path.parent for path in sorted(results.glob('*/summary.csv'))]
+    files = {results / 'README.md': HEADER + markdown(COLUMNS, [run_row(run) for run in runs])}
+    cards = [read_card(path.parent, path.parent.name) for path in sorted(zoo.glob('*/config.json'))]
+    for file, link in ((root / 'README.md', 'model_cards/'), (zoo / 'README.md', '')):
+        parts = re.fullmatch('(.*<!-- zoo -->\n).*(<!-- /zoo -->\n.*)', file.read_text(), re.DOTALL)
+        if parts is None:
+            raise SystemExit(f'{file} needs the lines <!-- zoo --> and <!-- /zoo -->')
+        files[file] = zoo_text(cards, link).join(parts.groups())
+    return files
 
 
 if __name__ == '__main__':
-    main()
+    for file, text in tables().items():
+        file.write_text(text)

@@ -99,13 +99,15 @@ def published_cfg(name: str) -> Dict[str, Any]:
 def local_file(name: str) -> Optional[Path]:
     """The weight in the folder that `CONVNN_TIMM_ZOO` names, else in the checkout; None if it is in neither.
 
+    The checkout is the one that the package lies in, or the current folder if the package was installed from it.
+
     Raises:
         WeightsError: `CONVNN_TIMM_ZOO` names no folder.
     """
     zoo = os.environ.get('CONVNN_TIMM_ZOO')
     if zoo and not Path(zoo).is_dir():
         raise WeightsError(f'CONVNN_TIMM_ZOO={zoo}: there is no such folder. Correct or unset the variable.')
-    files = [Path(folder) / name / WEIGHTS for folder in (zoo, CHECKOUT_ZOO) if folder]
+    files = [Path(folder) / name / WEIGHTS for folder in (zoo, CHECKOUT_ZOO, 'model_cards') if folder]
     return next((file for file in files if file.is_file()), None)
 
 
