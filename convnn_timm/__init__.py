@@ -14,7 +14,8 @@ _LAYERS = (
     'ConvNN1d', 'ConvNN2d', 'ConvNNAttention1d', 'ConvNNAttention2d',
     'Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAttention2d', 'CoordConv2d',
 )
-__all__ = [*_MODULES, *_LAYERS]
+_CONVERSION = ('ConversionReport', 'convert')
+__all__ = [*_MODULES, *_LAYERS, *_CONVERSION]
 
 
 def __getattr__(name: str):
@@ -22,6 +23,8 @@ def __getattr__(name: str):
         return importlib.import_module(f'{__name__}.{name}')
     if name in _LAYERS:
         return getattr(importlib.import_module(f'{__name__}.layers'), name)
+    if name in _CONVERSION:
+        return getattr(importlib.import_module(f'{__name__}.conversion'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

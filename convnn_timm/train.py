@@ -35,6 +35,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from .conversion import convert
 from .train_args import UsageError, build_parser, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
@@ -189,11 +190,11 @@ def print_result(row: Dict[str, float]) -> None:
 # Commands
 
 def create_model(args: argparse.Namespace) -> nn.Module:
-    """Create the model of the arguments."""
+    """Create the model of the arguments, converted if they say so."""
     if ':' not in args.model and not timm.is_model(args.model):
         raise UsageError(f'unknown model {args.model!r}: `convnn-timm list` names those of this package')
     try:
-        return timm.create_model(
+        model = timm.create_model(
             args.model,
             pretrained=args.pretrained,
             in_chans=args.input_size[0] if args.input_size else 3,
@@ -204,6 +205,9 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             checkpoint_path=args.initial_checkpoint,
             **args.model_kwargs,
         )
+        if args.convert:
+            _logger.info(convert(model, **args.convert))
+        return model
     except (TypeError, ValueError) as error:  # an argument that the model does not know, or a wrong value
         raise UsageError(f'{args.model}: {error}') from error
 

@@ -19,6 +19,7 @@ EXAMPLES = """Train an image classifier. The flags are timm's; the new or differ
     torchrun --nproc_per_node 2 -m convnn_timm train -c cifar10 --data-dir cifar10/
     convnn-timm train -c output/RUN/args.yaml --resume auto
     convnn-timm train --evaluate output/RUN
+    convnn-timm train --model resnet50 --pretrained --convert 'where=layer3.*' branch_ratio=0.25 --data-dir flowers/
 """
 
 # Every flag with its default, timm's where timm has the flag; a type stands for no default.
@@ -27,7 +28,7 @@ ARGUMENTS = {
         data_dir=str, dataset='', dataset_download=False, train_split='train', val_split='validation', holdout=0,
         cache=True, workers=min(4, os.cpu_count() or 1)),
     'model': dict(
-        model='resnet50', model_kwargs={}, pretrained=False, initial_checkpoint='', num_classes=int, gp=str,
+        model='resnet50', model_kwargs={}, convert={}, pretrained=False, initial_checkpoint='', num_classes=int, gp=str,
         img_size=int, input_size=[int] * 3, crop_pct=float, mean=[float], std=[float], interpolation='', drop=0.,
         drop_path=float, grad_checkpointing=False, channels_last=False, torchcompile=str),
     'device': dict(device='cuda' if torch.cuda.is_available() else 'cpu', amp=False, amp_dtype='float16'),
@@ -57,6 +58,8 @@ HELP = dict(
     cache='keep decoded images in memory if a split takes less than 1 GB and --crop-padding and flips are all '
           'that is done to them',
     model_kwargs='e.g. K=5 sampling_type=random',
+    convert='replace convolutions of the model, after its weights are loaded: arguments of convnn_timm.convert, e.g. '
+            'layer=convnn_branching where=layer3.*,layer4.* K=9',
     initial_checkpoint='weights to start from',
     num_classes='default: as many as the data has',
     input_size='channels height width; default: the model\'s',
@@ -76,7 +79,7 @@ HELP = dict(
     log_interval='batches between two lines of progress',
 )
 SHORT = dict(batch_size='-b', validation_batch_size='-vb', workers='-j')
-COUNT = dict(input_size=3, model_kwargs='*', opt_kwargs='*', torchcompile='?')
+COUNT = dict(input_size=3, model_kwargs='*', convert='+', opt_kwargs='*', torchcompile='?')
 # Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
 

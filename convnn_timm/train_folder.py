@@ -39,8 +39,10 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def recorded(args: argparse.Namespace) -> Dict[str, Any]:
-    """The arguments that make the run."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+    """The arguments that make the run; `convert` only if it is given, as not every run has known it."""
+    return {
+        name: value for name, value in vars(args).items()
+        if name not in NOT_RECORDED and (value or name != 'convert')}
 
 
 def open_run(args: argparse.Namespace, rank: int) -> str:
@@ -67,7 +69,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     saved = utils.load_checkpoint_metadata(checkpoint)
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
-    before, now = vars(saved['args']), recorded(args)
+    before, now = ({'convert': {}, **arguments} for arguments in (vars(saved['args']), recorded(args)))
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
     if changed:
         raise UsageError('\n'.join([

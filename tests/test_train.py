@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from convnn_timm import convert, hub
+from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
 from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
@@ -127,6 +130,67 @@ def test_model_folder_keeps_the_model_arguments(flags, tmp_path):
     twin.load_state_dict(weights(folder)['state_dict_ema'])
     assert equal(model.state_dict(), twin.state_dict())
     assert str(model) == str(twin)
+
+
+@pytest.fixture(scope='module')
+def converted(flags, tmp_path_factory):
+    """A finished run of a converted model."""
+    return main([
+        *flags, '--convert', 'where=layer3.*,layer4.*', 'K=3', 'branch_ratio=0.25', '--epochs', '2', '--output',
+        str(tmp_path_factory.mktemp('converted')), '--experiment', 'run'])
+
+
+def test_a_converted_model_is_recorded_and_rebuilt(converted, capsys):
+    conversion = dict(where='layer3.*,layer4.*', K=3, branch_ratio=0.25)
+    assert yaml.safe_load((converted / 'args.yaml').read_text())['convert'] == conversion
+    assert json.loads((converted / 'model' / 'config.json').read_text())['architecture'] == 'convnn_converted'
+    twin = timm.create_model('test_resnet', num_classes=3).eval()
+    convert(twin, **conversion)
+    twin.load_state_dict(weights(converted)['state_dict'])
+    model = timm.create_model(f'local-dir:{converted / "model"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert str(model) == str(twin) and torch.equal(model(x), twin(x))
+
+    main(['--evaluate', str(converted)])
+    last = (converted / 'summary.csv').read_text().split()[-1].split(',')
+    assert printed_result(capsys) == f'top1 {float(last[5]):.2f} top5 100.00 (epoch 2, 51 images)'
+
+
+def test_a_converted_run_is_resumed_by_its_own_arguments_only(converted, tmp_path):
+    again = ['-c', str(converted / 'args.yaml'), '--output', str(tmp_path), '--experiment', 'copy']
+    again += ['--resume', str(converted / 'last.pth.tar')]
+    with pytest.raises(SystemExit, match='convert: .*0.25.* there, .*here'):
+        main([*again, '--convert', 'K=3'])
+    folder = main(again)
+    assert equal(weights(converted)['state_dict'], load_file(folder / 'model' / 'model.safetensors'))
+
+
+def test_arguments_without_conversion_are_recorded_as_ever(run):
+    assert 'convert' not in yaml.safe_load((run / 'args.yaml').read_text())
+
+
+def test_a_converted_run_is_exported(converted, run, tmp_path, monkeypatch):
+    (tmp_path / 'manifest.json').write_text('[]')
+    monkeypatch.setattr(_weights, 'MANIFEST', tmp_path / 'manifest.json')
+    folder = hub.export(converted, 'colours', tmp_path, twin=run)
+    assert folder.name == 'test_resnet_converted.colours' and not hub.check_folder(folder)
+    card = (folder / 'README.md').read_text()
+    assert "timm.create_model('hf-hub:convnn-timm/test_resnet_converted.colours', pretrained=True)" in card
+    assert '| `test_resnet` | where=layer3.*,layer4.* K=3 branch_ratio=0.25 |' in card
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    original = timm.create_model(f'local-dir:{converted / "model"}', pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(x), original(x), rtol=0, atol=0.02)  # half as many bytes
+
+
+@pytest.mark.parametrize('conversion, message', [
+    ('where=layer9.*', 'test_resnet: `where` selects no convolution .*layer9'),
+    ('colour=3', 'test_resnet: unknown argument colour'),
+    ('layer=attention', "test_resnet: unknown layer 'attention', valid are"),
+])
+def test_wrong_conversion(flags, tmp_path, conversion, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*flags, '--convert', conversion, '--output', str(tmp_path)])
 
 
 def test_checkpoint_is_timms(run):

@@ -1,0 +1,400 @@
+"""ConvNN layers in place of the convolutions of any network, from where these stand or from new.
+
+    model = timm.create_model('resnet50', pretrained=True)
+    print(convnn_timm.convert(model, where='layer3.*', branch_ratio=0.25))
+
+A converted timm model stays one: timm saves it with what rebuilds it (models/convnn_converted.py).
+"""
+import copy
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.layers import Conv2dSame, register_notrace_module
+
+from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
+from .macs import count_macs
+
+__all__ = ['ConversionReport', 'convert']
+
+Where = Union[None, str, Sequence[str], Callable[[str, nn.Module], bool]]
+
+STARTS = ('conv', 'random')
+# Layers that can start as the convolution they replace.
+START_AS_CONV = ('convnn', 'convnn_branching')
+OWN_LAYERS = tuple(layer for layer in LAYER_TYPES.values() if layer is not nn.Conv2d)
+# What the convolution, not the caller, decides.
+FROM_CONV = ('kernel_size', 'stride', 'dilation', 'groups', 'bias')
+
+
+@dataclass
+class ConversionReport:
+    """What `convert` did."""
+    layer: str
+    replaced: List[str] = field(default_factory=list)  # names of modules
+    skipped: Dict[str, str] = field(default_factory=dict)  # names of convolutions, and why they are still there
+    parameters: Tuple[int, int] = (0, 0)  # before and after
+    macs: Optional[Tuple[int, int]] = None  # before and after; None for a model that tells no size of its images
+    input_size: Optional[Tuple[int, int, int]] = None  # that the multiply-accumulates are counted for
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [f'{self.layer} in place of {_list(self.replaced)}']
+        lines += [f'  left: {reason}: {names}' for reason, names in _by_reason(self.skipped)]
+        lines += [f'  parameters: {before / 1e6:.2f} M before, {after / 1e6:.2f} M after']
+        if self.macs:
+            size, (before, after) = ' x '.join(map(str, self.input_size)), self.macs
+            lines += [f'  multiply-accumulates at {size}: {before / 1e9:.3f} G before, {after / 1e9:.3f} G after']
+        return '\n'.join(lines)
+
+
+def convert(
+        model: nn.Module,
+        layer: str = 'convnn_branching',
+        where: Where = None,
+        init: str = 'conv',
+        **layer_args,
+) -> ConversionReport:
+    """Replace convolutions of a network, in place, by ConvNN layers.
+
+    Replaced are square convolutions of an odd kernel, 3 x 3 or larger. Their stride, padding, dilation, groups and
+    bias are kept, so every map keeps its size. A grouped convolution becomes a branching layer only if each group's
+    outputs can be divided between the branches; a depthwise one never can, use 'convnn' for it. What cannot be replaced
+    stays, and the report says why.
+
+    Args:
+        model: Any network; a timm model stays one in all respects.
+        layer: One of `convnn_timm.layers.LAYER_TYPES`, except 'conv2d'.
+        where: Which convolutions: names with the wildcards of `fnmatch` (a list, or one string with commas), or a
+            function of name and module. All by default.
+        init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
+            from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
+            `magnitude_type='euclidean'`) then leave the network's function as it is. Chosen by similarity they are
+            others than the convolution's, and its taps become the weights of their ranks: that of the window's centre
+            the weight of the position itself, the others in order of their distance from it; the network has to be
+            trained on. A branching layer divides the outputs between its branches, and its 1x1 convolution starts
+            as the identity (for groups, a permutation): the convolution's share of the function stays.
+        **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
+
+    Returns:
+        What was replaced, what was not and why, and what it costs.
+
+    Raises:
+        ValueError: Nothing was replaced: there is no such layer or start, or no such convolution. The model is
+            as it was.
+        TypeError: An argument that the layers do not have, or that comes from the convolution.
+    """
+    _check(layer, init, layer_args)
+    if isinstance(model, nn.Conv2d):
+        raise ValueError('a convolution cannot be replaced in place: put it into a Sequential')
+    if isinstance(where, str):
+        where = where.split(',')
+    report, new, possible = ConversionReport(layer), {}, []
+    for name, conv in _convolutions(model):
+        reason = _why_not(conv, layer, init, layer_args)
+        possible += [] if reason else [name]
+        if where is None or _selects(where, name, conv):
+            if reason:
+                report.skipped[name] = reason
+            else:
+                new[conv] = None
+                report.replaced.append(name)
+    if not new:
+        raise ValueError(_nothing(where, layer, possible, report.skipped))
+
+    report.input_size = _input_size(model)
+    before = _cost(model, report.input_size)
+    for conv in new:
+        new[conv] = _create(conv, layer, init, layer_args)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():  # (named_children leaves out what is there twice)
+            if child in new:
+                setattr(module, name, new[child])
+    _record(model, dict(layer=layer, where=report.replaced if callable(where) else where, init=init, **layer_args))
+    after = _cost(model, report.input_size)
+    report.parameters = before[0], after[0]
+    report.macs = (before[1], after[1]) if before[1] and after[1] else None
+    return report
+
+
+# Which convolutions
+
+def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
+    layers = [name for name in LAYER_TYPES if name != 'conv2d']
+    if layer not in layers:
+        raise ValueError(f'unknown layer {layer!r}, valid are {", ".join(layers)}')
+    if init not in STARTS:
+        raise ValueError(f'unknown init {init!r}, valid are {", ".join(STARTS)}')
+    if taken := [name for name in FROM_CONV if name in layer_args]:
+        raise TypeError(f'{", ".join(taken)}: comes from the convolution that is replaced, leave it out')
+    if unknown := sorted(set(layer_args) - set(layer_arguments())):
+        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+    shuffled = layer_args.get('shuffle_pattern', 'NA') != 'NA'
+    if shuffled and layer_args['shuffle_pattern'] != 'BA':
+        pattern = layer_args['shuffle_pattern']
+        raise ValueError(f"shuffle_pattern={pattern!r} changes the size of the map: use 'BA' or 'NA'")
+    if init == 'conv' and (layer not in START_AS_CONV or shuffled):
+        what = f'{layer} with a pixel shuffle' if layer in START_AS_CONV else layer
+        raise ValueError(f"{what} cannot start from a convolution's weights: choose init='random'")
+    if init == 'conv' and layer_args.get('pointwise_init', 'identity') != 'identity':
+        raise ValueError("init='conv' starts the 1x1 convolution as the identity: leave out pointwise_init, or choose "
+                         "init='random'")
+
+
+def _convolutions(model: nn.Module) -> Iterator[Tuple[str, nn.Conv2d]]:
+    """The convolutions of a network, except those inside of this package's layers."""
+    inside = set()
+    for name, module in model.named_modules():
+        if isinstance(module, OWN_LAYERS):
+            inside.update(module.modules())
+        elif isinstance(module, nn.Conv2d) and module not in inside:
+            yield name, module
+
+
+def _selects(where: Where, name: str, conv: nn.Module) -> bool:
+    return bool(where(name, conv)) if callable(where) else any(fnmatchcase(name, pattern) for pattern in where)
+
+
+def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) -> str:
+    """Why a layer cannot stand in for a convolution; '' if it can."""
+    (height, width), arguments = conv.kernel_size, layer_arguments(layer)
+    if height == width == 1:
+        return 'a 1 x 1 kernel has no neighbours'
+    if height != width:
+        return f'the kernel is {height} x {width}, not square'
+    if height % 2 == 0:
+        return f'the kernel is {height} x {width}, and an even one has no centre'
+    if type(conv) not in (nn.Conv2d, Conv2dSame):
+        return f'{type(conv).__name__} does more than a convolution'
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return 'it has hooks, which would be lost'
+    for name in 'stride', 'dilation':
+        if len(set(getattr(conv, name))) > 1:
+            return f'{name}={getattr(conv, name)} differs between the axes'
+        if name not in ('stride', *arguments) and conv.dilation[0] > 1:
+            return f'it is dilated, which {layer} is not'
+    if conv.padding_mode != 'zeros':
+        return f'padding_mode={conv.padding_mode!r}, the layer pads with zeros'
+    if conv.groups > 1 and 'groups' not in arguments:
+        return f'it has groups, which {layer} has not'
+    if conv.groups > 1 and init == 'conv' and layer_args.get('aggregation_type') == 'Loc_Col':
+        return "coordinates ('Loc_Col') cannot be divided between its groups: choose init='random'"
+    if layer == 'convnn_branching' and int(conv.out_channels * layer_args.get('branch_ratio', 0.5)) % conv.groups:
+        count = conv.out_channels // conv.groups
+        return f'its groups have {count} output{"s"[:count - 1]} each, which branch_ratio does not divide between ' \
+            f"the branches: choose another one, or layer='convnn'"
+    try:
+        _create_layer(conv, layer, init, layer_args, 'meta')
+    except ValueError as error:
+        return str(error)
+    return ''
+
+
+def _nothing(where: Where, layer: str, possible: List[str], skipped: Dict[str, str]) -> str:
+    """Why nothing was replaced."""
+    if skipped:
+        which = '' if where is None else ' that `where` selects'
+        lines = [f'{layer} can replace none of the convolutions{which}:']
+        lines += [f'  {reason}: {names}' for reason, names in _by_reason(skipped)]
+    elif where is None:
+        return 'the model has no Conv2d'
+    else:
+        what = 'the function' if callable(where) else ', '.join(map(repr, where))
+        lines = [f'`where` selects no convolution ({what})']
+    return '\n'.join(lines + [f'  it can replace: {", ".join(possible) or "none in this model"}'])
+
+
+def _by_reason(skipped: Dict[str, str]) -> List[Tuple[str, str]]:
+    names = defaultdict(list)
+    for name, reason in skipped.items():
+        names[reason].append(name)
+    return [(reason, _list(found)) for reason, found in names.items()]
+
+
+def _list(names: List[str]) -> str:
+    shown = ', '.join(name or 'the model itself' for name in names[:4])
+    return shown if len(names) <= 4 else f'{shown} and {len(names) - 4} more'
+
+
+# The new layers
+
+def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) -> nn.Module:
+    """The layer in place of a convolution, which does to the size of a map what that did."""
+    new = _create_layer(conv, layer, init, layer_args, conv.weight.device, conv.weight.dtype)
+    if init == 'conv':
+        _start_as(conv, new)
+    new.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    side, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    half = dilation * (side // 2)
+    if isinstance(conv, Conv2dSame) or conv.padding == 'same':
+        padding = (half, half) if stride == 1 else None
+    else:
+        padding = (0, 0) if conv.padding == 'valid' else conv.padding
+    return new if padding == (half, half) else Aligned(new, side, stride, dilation, padding).train(conv.training)
+
+
+def _create_layer(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any], device, dtype=None) -> nn.Module:
+    side, by_location = conv.kernel_size[0], layer_args.get('similarity_type') == 'Loc'
+    # The nearest places form a square of 3 or 5 at its side; a larger window's corners need a disc around it.
+    radius = math.isqrt(2 * (side // 2) ** 2) if by_location else side // 2
+    args = dict(K=len(_disc(side)) if by_location else side ** 2, padding=conv.dilation[0] * radius)
+    if init == 'conv':
+        args['pointwise_init'] = 'identity'
+    args |= layer_args
+    return create_layer(
+        layer, conv.in_channels, conv.out_channels, stride=conv.stride[0], kernel_size=side, dilation=conv.dilation[0],
+        groups=conv.groups, bias=conv.bias is not None, **args, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def _start_as(conv: nn.Conv2d, new: nn.Module) -> None:
+    """Give a layer the weights of a convolution."""
+    outputs = torch.arange(conv.out_channels, device=conv.weight.device)
+    if isinstance(new, ConvNN2d):
+        return _copy(conv, new, outputs)
+    # The neighbour branch takes the first outputs of each group; the 1x1 convolution puts them back in order.
+    share = (new.branch1.out_channels if new.branch1 is not None else 0) // conv.groups
+    parts = [part.flatten() for part in outputs.view(conv.groups, -1).tensor_split([share], dim=1)]
+    for branch, part in zip((new.branch1, new.branch2), parts):
+        if branch is not None:
+            _copy(conv, branch, part)
+    new.pointwise_conv.weight.zero_()[torch.cat(parts), outputs] = 1
+    if new.pointwise_conv.bias is not None:
+        new.pointwise_conv.bias.zero_()
+
+
+def _copy(conv: nn.Conv2d, branch: nn.Module, outputs: torch.Tensor) -> None:
+    """Give some of a convolution's outputs to a layer."""
+    weight = conv.weight[outputs]
+    if isinstance(branch, ConvNN2d):
+        taps = _taps(conv.kernel_size[0], branch.K, branch.similarity_type == 'Loc')
+        ranks = [rank for rank, tap in enumerate(taps) if tap is not None]
+        branch.weight.zero_()  # of coordinates, and of ranks without a tap
+        branch.weight[:, :weight.shape[1], ranks, 0] = weight.flatten(2)[:, :, [taps[rank] for rank in ranks]]
+    else:
+        branch.weight.copy_(weight)
+    if branch.bias is not None:
+        branch.bias.copy_(conv.bias[outputs])
+
+
+def _taps(side: int, K: int, by_location: bool) -> List[Optional[int]]:
+    """Which tap of the window, in raster order, becomes the weight of each neighbour rank; None for none."""
+    places = sorted((y * y + x * x, y, x) for y, x in _square(max(side, math.isqrt(K)) + 1))
+    if by_location:  # the ranks are the K nearest places, in raster order
+        places = sorted(places[:K], key=lambda place: place[1:])
+    else:
+        places = [place for place in places if max(abs(place[1]), abs(place[2])) <= side // 2]
+    half = side // 2
+    taps = [(y + half) * side + x + half if max(abs(y), abs(x)) <= half else None for _, y, x in places[:K]]
+    return taps + [None] * (K - len(taps))
+
+
+def _square(radius: int) -> List[Tuple[int, int]]:
+    return [(y, x) for y in range(-radius, radius + 1) for x in range(-radius, radius + 1)]
+
+
+def _disc(side: int) -> List[Tuple[int, int]]:
+    """The places that are as near as the corners of a window."""
+    corner = 2 * (side // 2) ** 2
+    return [(y, x) for y, x in _square(math.isqrt(corner)) if y * y + x * x <= corner]
+
+
+@register_notrace_module
+class Aligned(nn.Module):
+    """A layer in place of a convolution that pads more or less than half its window.
+
+    The layer's outputs are at the positions 0, stride, 2 stride, ... of its input. Zeros in front of the input shift
+    them to where the convolution's are; what it has no output for is cut off.
+    """
+
+    def __init__(
+            self,
+            layer: nn.Module,
+            kernel_size: int,
+            stride: int,
+            dilation: int,
+            padding: Optional[Tuple[int, int]],
+    ) -> None:
+        """
+        Args:
+            layer: The layer.
+            kernel_size: Side of the convolution's window.
+            stride: Its stride.
+            dilation: Its dilation.
+            padding: Zeros around its input, rows and columns. None for timm's 'same', which depends on the map.
+        """
+        super().__init__()
+        self.layer = layer
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.dilation = dilation
+        self.padding = padding
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top, bottom, first_row, rows = self.align(x.shape[2], 0)
+        left, right, first_column, columns = self.align(x.shape[3], 1)
+        x = self.layer(F.pad(x, (left, right, top, bottom)))
+        return x[:, :, first_row:first_row + rows, first_column:first_column + columns]
+
+    def align(self, size: int, axis: int) -> Tuple[int, int, int, int]:
+        """Zeros in front and behind, the first output to keep, and how many, of an axis."""
+        window, reach = self.dilation * (self.kernel_size - 1) + 1, self.dilation * (self.kernel_size // 2)
+        padding = self.padding
+        if padding is None:
+            total = max((-(-size // self.stride) - 1) * self.stride + window - size, 0)
+            before = total // 2
+        else:
+            before = padding[axis]
+            total = 2 * before
+        kept = (size + total - window) // self.stride + 1
+        front = before - reach if before > reach else (before - reach) % self.stride
+        first = (front + reach - before) // self.stride
+        return front, max((first + kept - 1) * self.stride + 1 - front - size, 0), first, kept
+
+    def extra_repr(self) -> str:
+        padding = "'same'" if self.padding is None else self.padding
+        return f'kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, padding={padding}'
+
+
+# The model around them
+
+def _input_size(model: nn.Module) -> Optional[Tuple[int, int, int]]:
+    if not getattr(model, 'pretrained_cfg', None):
+        return None
+    channels, height, width = resolve_model_data_config(model)['input_size']
+    return getattr(model, '_model_args', {}).get('in_chans', channels), height, width
+
+
+def _cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Tuple[int, Optional[int]]:
+    """Parameters, and multiply-accumulates if they can be counted, without memory for either."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if input_size is None:
+        return parameters, None
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()}
+    empty |= {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
+    try:
+        return parameters, count_macs(copy.deepcopy(model, empty), input_size)
+    except (RuntimeError, ValueError):  # it computes what needs values, or on maps too small for K
+        return parameters, None
+
+
+def _record(model: nn.Module, conversion: Dict[str, Any]) -> None:
+    """Let timm save the model as what it is now: a base architecture with its arguments, and conversions."""
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not cfg or 'architecture' not in cfg:
+        return
+    args = dict(getattr(model, '_model_args', {}))
+    base, before = args.pop('base', cfg['architecture']), conversions(args.pop('convert', []))
+    model._model_args = dict(base=base, convert=[*before, conversion], **args)
+    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture='convnn_converted')
+
+
+def conversions(convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]]) -> List[Dict[str, Any]]:
+    """One conversion or several, each the arguments of `convert`."""
+    return [convert] if isinstance(convert, dict) else list(convert)

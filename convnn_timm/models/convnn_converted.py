@@ -1,0 +1,83 @@
+"""Any timm model whose convolutions `convnn_timm.convert` replaced, under one name, so that timm can rebuild it.
+
+    timm.create_model('convnn_converted', base='resnet50', convert=dict(where='layer3.*', branch_ratio=0.25))
+
+is `timm.create_model('resnet50')` after `convert(model, where='layer3.*', branch_ratio=0.25)`. A model that was
+converted goes by this name itself: what timm saves of it, `local-dir:` and `hf-hub:` names rebuild.
+"""
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import (
+    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, is_model, register_model,
+    resolve_pretrained_cfg)
+
+from convnn_timm import conversion
+from ._common import check_complete
+from ._weights import find_weights
+
+__all__ = []
+
+default_cfgs = generate_default_cfgs({'convnn_converted': {}})  # that of the base counts
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Accept the state dict of a model that was converted in the same way."""
+    classifier = model.pretrained_cfg.get('classifier')
+    check_complete(state_dict, model, classifier if isinstance(classifier, str) else '')
+    return state_dict
+
+
+def _build(base: str, convert, pretrained: bool, **kwargs) -> nn.Module:
+    model = timm.create_model(base, pretrained=pretrained, **kwargs)
+    for arguments in conversion.conversions(convert):
+        conversion.convert(model, **arguments)
+    return model
+
+
+@register_model
+def convnn_converted(
+        pretrained: bool = False,
+        base: str = 'resnet18',
+        convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]] = {},
+        pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[str] = None,
+        **kwargs,
+) -> nn.Module:
+    """A timm model with ConvNN layers in place of its convolutions.
+
+    With `pretrained=True` it gets its own weights if it is created by a `local-dir:` or `hf-hub:` name, or from a file
+    of weights; else the base gets its pretrained weights before it is converted.
+
+    Args:
+        base: Name of the timm model, with or without a tag.
+        convert: Arguments of `convnn_timm.convert`, or those of several conversions one after the other.
+        **kwargs: Arguments of the base.
+    """
+    if not is_model(base):
+        raise ValueError(f'base={base!r} is no model of timm')
+    asked = resolve_pretrained_cfg('convnn_converted', pretrained_cfg, pretrained_cfg_overlay)
+    own = pretrained and bool(asked.has_weights or asked.state_dict)
+    if own:
+        pretrained_cfg_overlay = find_weights('convnn_converted', dict(
+            pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, cache_dir=cache_dir,
+        ))['pretrained_cfg_overlay']
+    saved = isinstance(pretrained_cfg, dict) and PretrainedCfg(**pretrained_cfg).has_weights
+    cfg = pretrained_cfg if saved else get_pretrained_cfg(base).to_dict()
+    if kwargs.get('features_only'):  # the levels that the base has
+        kwargs['out_indices'] = timm.create_model(base, **{**kwargs, 'device': 'meta'}).feature_info.out_indices
+    return build_model_with_cfg(
+        partial(_build, base, convert, pretrained and not own),
+        'convnn_converted',
+        own,
+        pretrained_cfg=dict(cfg, architecture='convnn_converted'),
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls='getter'),
+        cache_dir=cache_dir,
+        **kwargs,
+    )
