@@ -235,7 +235,9 @@ def list_models(args: argparse.Namespace) -> None:
     from convnn_timm.macs import count_macs
 
     names = timm.list_models(args.pattern)
-    ours = [name for name in names if timm.model_entrypoint(name).__module__.startswith(models.__name__)]
+    ours = [
+        name for name in names
+        if timm.model_entrypoint(name).__module__.startswith(models.__name__) and name != 'convnn_converted']  # any size
     if not ours:
         raise CommandError(f'no model matches {args.pattern!r}; `convnn-timm list` shows them all')
     print(f'{"model":<32} {"parameters":>12} {"MACs":>9}  weights')

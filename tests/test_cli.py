@@ -94,7 +94,7 @@ def test_list(capsys):
     status, out, _ = run(capsys, 'list', 'resnet18_conv*')
     header, *rows = out.splitlines()
     assert status == 0 and header.split() == ['model', 'parameters', 'MACs', 'weights']
-    assert len(rows) == 6
+    assert len(rows) == 7
     name, parameters, macs, unit, *weights = next(row for row in rows if row.startswith('resnet18_conv2d ')).split()
     model = timm.create_model(name)
     assert parameters == f'{sum(p.numel() for p in model.parameters()):,}'
@@ -103,6 +103,7 @@ def test_list(capsys):
 
 
 def test_list_shows_only_this_package(capsys):
+    assert "no model matches 'convnn_converted'" in error_of(capsys, 'list', 'convnn_converted')  # has no size of its own
     assert "no model matches 'resnet18'" in error_of(capsys, 'list', 'resnet18')
 
 

@@ -145,8 +145,10 @@ class _ConvNN(NeighborLayer):
             x = self.aggregated(padded)
             for axis, n in enumerate(size, start=2):
                 x = x.narrow(axis, self.padding, n)
+        for axis in range(2, x.ndim):  # not the convolution's stride: with few channels, channels_last, it crashed torch
+            x = x[(slice(None),) * axis + (slice(None, None, self.stride),)]
         conv = F.conv2d if self.axes == 2 else F.conv1d
-        return conv(x, weight, self.bias, self.stride, groups=self.groups)
+        return conv(x, weight, self.bias, groups=self.groups)
 
     def _tokens_at(
             self,
