@@ -160,6 +160,7 @@ def test_a_run(benchmark, capsys, monkeypatch, tmp_path):
     tables = {row['table'] for row in rows}
     assert tables == {
         'Neighbours', 'Layers, forward', 'Layers, forward and backward', 'Training steps',
+        'Where the time of a training step goes',
         'Large map, forward and backward'}
     layers = [row for row in rows if row['table'] == 'Layers, forward and backward']
     contenders = [row['contender'] for row in layers]

@@ -230,7 +230,7 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
 
 
 def test_recipes_of_the_package():
-    assert recipe_names() == ['cifar10', 'digits', 'paper_vgg11']
+    assert recipe_names() == ['cifar10', 'digits', 'imagenet', 'paper_vgg11']
     assert parse_args(['-c', 'cifar10', 'x']) == parse_args(['-c', 'cifar10.yaml', 'x', '-c', 'cifar10'])
     for name in recipe_names():
         args = parse_args(['-c', name, 'x'])
