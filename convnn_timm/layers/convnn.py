@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops.chunks import widen
-from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens
+from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens, with_own_first
 from .coordinates import centered_positions, similarity_coordinates
 from .sampling import Lattice, in_output_order, unpadded_positions
 from .script import layer_spec
@@ -107,20 +107,32 @@ class _ConvNN(NeighborLayer):
         if window is not None:
             return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
         padded = self.pad(x)
-        if self.similarity_type == 'Loc':  # ranks in raster order
-            tokens, index = map_to_tokens(self.aggregated(padded)), self._select(padded, size)
-            return self.leave(neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups), size)
-        # Rank 0 is the position itself: a 1x1 convolution.
-        own, others = self.weight.split([1, self.K - 1], dim=2)
-        y = self._pointwise(x, padded, size, own)
-        if self.K > 1:
-            positions, index = self._search(self.similarity_features(padded), size)
+        if self.similarity_type != 'Loc' and self.K > 1:
+            positions, place = self._search(self.similarity_features(padded), size)
             if 2 * len(positions) < padded.shape[2:].numel():
-                tokens = self._tokens_at(positions, x, padded, size)
-            else:
-                tokens, index = map_to_tokens(self.aggregated(padded)), positions[index]
-            y = y + self.to_map(neighbor_conv(tokens, index, others.flatten(2), groups=self.groups), size)
-        return self.leave_map(y)
+                return self.leave_map(self._aggregate_few(x, padded, size, positions, place))
+            index = with_own_first(self.queries(size, x.device), positions[place], x.shape[0])
+        else:
+            index = self._select(padded, size)
+        tokens = map_to_tokens(self.aggregated(padded))
+        return self.leave(neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups), size)
+
+    def _aggregate_few(
+            self,
+            x: torch.Tensor,
+            padded: torch.Tensor,
+            size: Tuple[int, ...],
+            positions: torch.Tensor,
+            place: torch.Tensor,
+    ) -> torch.Tensor:
+        """Aggregate over neighbours among few candidates (M,), place (B, Q, K - 1) of them: a map.
+
+        All the map is needed for rank 0 alone, which is the position itself: a 1x1 convolution.
+        """
+        own, others = self.weight.split([1, self.K - 1], dim=2)
+        tokens = self._tokens_at(positions, x, padded, size)
+        y = neighbor_conv(tokens, place, others.flatten(2), groups=self.groups)
+        return self._pointwise(x, padded, size, own) + self.to_map(y, size)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
@@ -196,11 +208,11 @@ class _ConvNN(NeighborLayer):
 
     def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, every position itself first."""
-        own = self.queries(size, features.device).unsqueeze(-1).expand(features.shape[0], -1, -1)
+        queries = self.queries(size, features.device)
         if self.K == 1:
-            return own
-        positions, index = self._search(features, size)
-        return torch.cat([own, positions[index]], dim=-1)
+            return with_own_first(queries, None, features.shape[0])
+        positions, place = self._search(features, size)
+        return with_own_first(queries, positions[place], features.shape[0])
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
