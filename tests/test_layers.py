@@ -614,6 +614,33 @@ def test_branching_refuses_a_map_that_its_branches_would_size_differently():
         Branching2d(3, 4, stride=2, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, 14, 14))
 
 
+@pytest.mark.parametrize('layer', [Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d])
+def test_branching_can_start_as_its_branches_side_by_side(layer):
+    layer = layer(3, 8, K=4, branch_ratio=0.25, pointwise_init='identity', bias=False, dtype=torch.float64).eval()
+    x = example(layer)
+    assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
+
+
+def test_branching_can_start_without_its_neighbours_and_learn_to_use_them():
+    layer, plain = (Branching2d(3, 8, K=4, pointwise_init=init, dtype=torch.float64) for init in ('zero', 'random'))
+    x = example(layer)
+    for branching, silent in (layer, True), (plain, False):
+        y = branching(x)
+        branching.branch1.weight.data *= -3
+        assert torch.equal(branching(x), y) == silent
+    y.sum().backward()
+    layer(x).sum().backward()
+    assert (layer.pointwise_conv.weight.grad[:, :4] != 0).any() and (layer.pointwise_conv.weight[:, 4:] != 0).all()
+
+
+def test_branching_can_normalise_its_branches():
+    layer = Branching2d(3, 8, K=4, branch_norm=True, pointwise_init='identity', bias=False, dtype=torch.float64)
+    layer.branch1.weight.data *= 100
+    y = layer(image(4, 3, 8, 8)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(y.mean(1), torch.zeros(8, dtype=y.dtype), rtol=0, atol=1e-9)
+    torch.testing.assert_close(y.std(1, correction=0), torch.ones(8, dtype=y.dtype), rtol=0, atol=1e-3)
+
+
 def test_branch_sizes():
     for ratio, first in (0, 0), (.3, 2), (.5, 4), (1, 8):
         layer = Branching2d(3, 8, branch_ratio=ratio)

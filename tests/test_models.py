@@ -10,7 +10,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
-from convnn_timm.layers import LAYER_TYPES, layer_arguments
+from convnn_timm.layers import LAYER_TYPES, Branching2d, layer_arguments
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
@@ -20,6 +20,13 @@ NARROW = dict(channels=(8, 8, 16, 16), zero_init_last=False)  # a ResNet that is
 
 def images(n=2, size=32, channels=3, dtype=torch.float32):
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'vgg11_convnn_branching'])
+def test_a_networks_own_initialisation_keeps_the_start_that_was_asked_for(name):
+    mixtures = [m.pointwise_conv.weight for m in timm.create_model(name, pointwise_init='identity').modules()
+                if isinstance(m, Branching2d)]
+    assert mixtures and all(torch.equal(w[..., 0, 0], torch.eye(len(w))) for w in mixtures)
 
 
 def test_all_names_are_registered_with_their_configuration():

@@ -37,8 +37,8 @@ ZOO_COLUMNS = (
 SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
-held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 at half width, recipe `cifar10`, one seed: differences under about
-two points of top-1 say nothing. Written by `python train_scripts/results_table.py`.
+held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 at half width, recipe `cifar10`, one seed: how far another seed
+would differ was not measured. Compare runs of as many epochs, batch and learning rate. Written by `python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (

@@ -129,8 +129,7 @@ def _gather_backward(grad, x, index, weight, score, groups):
         if s is not None:
             grad_score[b, q] = (grad_rows * rows).sum(-1).view(index[b, q].shape)
             grad_rows = grad_rows * s
-        tokens = grad_x[b].flatten(0, 1)
-        tokens += _sum_by_place(grad_rows.flatten(0, 1), _flat(index[b, q], T), len(tokens))
+        grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
     grad_weight = grad_matrix.to(weight.dtype).unflatten(2, (K, -1))
     return grad_x, grad_weight.flatten(0, 1), grad_score
 
@@ -170,8 +169,10 @@ def _grouped_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 # Multiply first
 
 def _multiply_and_sum(y, x, index, weight, score, groups) -> None:
+    K = index.shape[2]
     for b, tokens, place in _tokens_and_places(x, index, weight):
         products = _products(tokens, weight, groups).flatten(0, 1)
+        place = place * K + torch.arange(K, device=x.device)
         weights = None if score is None else score[b].reshape(place.shape)
         y[b] = F.embedding_bag(place, products, mode='sum', per_sample_weights=weights).view_as(y[b])
 
@@ -183,14 +184,17 @@ def _multiply_backward(grad, x, index, weight, score, groups):
     grad_score = None if score is None else torch.empty_like(score)
     for b, tokens, place in _tokens_and_places(x, index, weight):
         g = grad[b].reshape(-1, O)
-        weights = None
         if score is not None:
-            products = _products(tokens, weight, groups).flatten(0, 1)
-            grad_score[b] = (products[place] * g.unsqueeze(1)).sum(-1).view_as(score[b])
-            weights = score[b].flatten()
-        query = torch.arange(len(g), device=g.device).repeat_interleave(K)
-        g = _sum_by_place(g, place.flatten(), len(tokens) * K, query, weights).view(-1, K, O)
-        grad_tokens, part = _products_backward(g, tokens, weight, groups)
+            s = score[b].reshape(place.shape)
+            products = _products(tokens, weight, groups)
+        grad_products = widen(x.new_zeros(K, len(tokens), O))
+        for rank in range(K):
+            spread = g if score is None else g * s[:, rank:rank + 1]
+            grad_products[rank].index_add_(0, place[:, rank], widen(spread))
+            if score is not None:
+                grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
+        grad_products = grad_products.transpose(0, 1).to(x.dtype).contiguous()
+        grad_tokens, part = _products_backward(grad_products, tokens, weight, groups)
         grad_x[b] = grad_tokens.view_as(x[b])
         grad_weight += part
     return grad_x, grad_weight.to(weight.dtype).transpose(1, 2).flatten(0, 1), grad_score
@@ -201,13 +205,10 @@ def _tokens_and_places(
         index: torch.Tensor,
         weight: torch.Tensor,
 ) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Chunks of images, their tokens (n * T, C), and the rows (n * Q, K) of the tokens' (n * T * K) products that the
-    queries name.
-    """
+    """Chunks of images, their tokens (n * T, C), and which of these are the queries' neighbours, (n * Q, K)."""
     (B, T, _), (_, Q, K), O = x.shape, index.shape, weight.shape[0]
-    rank = torch.arange(K, device=x.device)
     for b, _ in batch_chunks(B, 1, (T + Q) * K * O * x.element_size()):
-        yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K) * K + rank
+        yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K)
 
 
 def _products(tokens: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -243,20 +244,6 @@ def _flat(index: torch.Tensor, T: int) -> torch.Tensor:
     """Row numbers in the flattened (n * T, C) tokens of an (n, q, K) index."""
     first = torch.arange(0, index.shape[0] * T, T, device=index.device)
     return (index + first[:, None, None]).reshape(-1)
-
-
-def _sum_by_place(
-        rows: torch.Tensor,
-        place: torch.Tensor,
-        count: int,
-        source: Optional[torch.Tensor] = None,
-        weights: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """`out[place[i]] += weights[i] * rows[source[i]]`, (count, C). Sorted by place: fast on a CPU, the same order always."""
-    place, order = place.sort(stable=True)
-    start = torch.searchsorted(place, torch.arange(count, device=place.device))
-    weights = None if weights is None else weights[order]
-    return F.embedding_bag(order if source is None else source[order], rows, start, mode='sum', per_sample_weights=weights)
 
 
 def _setup_context(ctx, inputs, output) -> None:
