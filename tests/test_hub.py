@@ -176,6 +176,20 @@ print(timm.list_pretrained('resnet18_conv*'), timm.get_pretrained_cfg({NAME!r}).
     assert offline.lines == [digest] * 2 and not hub.log
 
 
+def test_a_converted_network_comes_back_from_the_hub(session, hub, tmp_path):
+    session("""
+import timm
+from timm.models import save_for_hf
+from convnn_timm import convert
+model = timm.create_model('test_resnet', num_classes=3)
+convert(model, where='layer1.*', sampling_type='random', num_samples=5, K=3)
+save_for_hf(model, 'converted', safe_serialization=True)
+""")
+    hub.add_repository('alice/converted', files_of(tmp_path / 'converted'))
+    here, there = session('load("local-dir:converted"); load("hf-hub:alice/converted")').lines
+    assert here == there and there.startswith('loaded') and there.endswith(' 5')
+
+
 def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on_the_hub):
     on_the_hub.add_repository(PROJECT, {**files_of(session.folder), 'pytorch_model.bin': b'old', 'README.md': b'old'})
     done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
