@@ -306,12 +306,14 @@ import timm, torch
 features = timm.create_model({NAME!r}, pretrained=True, features_only=True)
 print([tuple(f.shape) for f in features(torch.zeros(1, 3, 16, 16))])
 print(timm.create_model({NAME.split('.')[0]!r}).num_features)
+print(timm.create_model({NAME!r}).num_features, timm.create_model({NAME!r}, channels=(8, 8, 16, 24)).num_features)
 """)
     samples = [line.rpartition(' ')[2] for line in done.lines]
     assert samples[:3] == ['16', '32', '-1'] and all(line.startswith('loaded') for line in done.lines[:3])
     assert done.lines[3].startswith('RuntimeError: No pretrained weights exist for resnet18_convnn')
-    assert 'size mismatch' in done.out and '(1, 16, 2, 2)]' in done.lines[-2]
-    assert done.lines[-1] == '512'  # without pretrained=True, the architecture as it is
+    assert 'size mismatch' in done.out and '(1, 16, 2, 2)]' in done.lines[-3]
+    assert done.lines[-2] == '512'  # without pretrained=True, the architecture as it is
+    assert done.lines[-1] == '16 24'  # by the name of the weights, the network that they fit
 
 
 def test_a_damaged_file_is_never_used_and_pull_repairs_it(session, on_the_hub):

@@ -2,12 +2,12 @@
 
     python train_scripts/results_table.py
 
-results/README.md has a row for every run folder under results/, results/search/README.md for every one there. README.md and model_cards/README.md have one for every
-published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
+results/README.md has a row for every run folder under results/, results/search/README.md for every one there. README.md
+and model_cards/README.md have one for every published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
 """
 import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence
+from typing import Dict, Iterable, List, Sequence, Tuple
 
 from convnn_timm.card import Card, Record, count_parameters, read_card
 from convnn_timm.macs import count_macs
@@ -37,12 +37,13 @@ ZOO_COLUMNS = (
 SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
-held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 at half width, recipe `cifar10`, one seed: how far another seed
-would differ was not measured. Compare runs of as many epochs, batch and learning rate. Written by `python train_scripts/results_table.py`.
+held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, recipe
+`cifar10`, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs, batch and learning
+rate. Written by `python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (
-    'run', 'model', 'epochs', 'batch', 'learning rate', 'training loss', 'held-out loss', 'held-out top-1')
+    'run', 'model', 'width', 'epochs', 'batch', 'learning rate', 'training loss', 'held-out loss', 'held-out top-1')
 ZOO = """```python
 import convnn_timm  # registers the models with timm
 import timm
@@ -74,13 +75,19 @@ def run_row(folder: Path) -> List[str]:
         f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
 
 
+def comparable(folder: Path) -> Tuple:
+    """Sorts runs that may be compared together: width, epochs, batch, learning rate, name."""
+    args = Record(folder).args
+    return args['model_kwargs']['channels'][0], args['epochs'], args['batch_size'], args['lr'], folder.name
+
+
 def search_row(folder: Path) -> List[str]:
     run = Record(folder)
     arguments = {name: value for name, value in run.args['model_kwargs'].items() if name != 'channels'}
     return [
         f'[{folder.name}]({folder.name})', ' '.join([run.args['model'], *(f'{k}={v}' for k, v in arguments.items())]),
-        run.epochs, run.args['batch_size'], run.args['lr'], f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}',
-        f'{run.last("eval_top1"):.2f}']
+        run.args['model_kwargs']['channels'][0], run.epochs, run.args['batch_size'], run.args['lr'],
+        f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
@@ -123,7 +130,7 @@ def tables(root: Path = ROOT) -> Dict[Path, str]:
     results, zoo = root / 'train_scripts' / 'results', root / 'model_cards'
     runs = [path.parent for path in sorted(results.glob('*/summary.csv'))]
     files = {results / 'README.md': HEADER + markdown(COLUMNS, [run_row(run) for run in runs])}
-    searched = [path.parent for path in sorted((results / 'search').glob('*/summary.csv'))]
+    searched = sorted((path.parent for path in (results / 'search').glob('*/summary.csv')), key=comparable)
     if searched:
         files[results / 'search' / 'README.md'] = SEARCH_HEADER + markdown(SEARCH_COLUMNS, map(search_row, searched))
     cards = [read_card(path.parent, path.parent.name) for path in sorted(zoo.glob('*/config.json'))]

@@ -27,7 +27,7 @@ from timm.models import resolve_pretrained_cfg
 __all__ = [
     'HUB_FAILURES', 'WEIGHTS', 'WeightsError', 'check_file', 'explain', 'find_entry', 'find_weights', 'hub_id',
     'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest', 'sha256', 'split_revision',
-    'tagged_names']
+    'tagged_names', 'with_tag_arguments']
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
@@ -92,6 +92,13 @@ def published_cfg(name: str) -> Dict[str, Any]:
         return {}
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in entry['pretrained_cfg'].items()}
     return dict(cfg, hf_hub_id=hub_id(entry))
+
+
+def with_tag_arguments(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of a model without weights: named `<arch>.<tag>`, it is the network that the published weights fit."""
+    tag = kwargs.get('pretrained_cfg')
+    entry = read_manifest().get(f'{variant}.{tag}') if isinstance(tag, str) else None
+    return {**entry['model_args'], **kwargs} if entry else kwargs
 
 
 # Files

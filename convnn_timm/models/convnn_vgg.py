@@ -17,7 +17,7 @@ from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_
 from ._common import (
     add_input_noise, check_complete, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
-from ._weights import find_weights, published_cfg, tagged_names
+from ._weights import find_weights, published_cfg, tagged_names, with_tag_arguments
 
 __all__ = ['ConvNNVGG']
 
@@ -128,7 +128,7 @@ default_cfgs = generate_default_cfgs({
 def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
     large = variant in _VARIANTS_224
     depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
-    kwargs = find_weights(variant, kwargs) if pretrained else kwargs
+    kwargs = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
     layer_args, kwargs = split_layer_args(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
     return build_model_with_cfg(

@@ -187,10 +187,10 @@ def _multiply_backward(grad, x, index, weight, score, groups):
         if score is not None:
             s = score[b].reshape(place.shape)
             products = _products(tokens, weight, groups)
-        grad_products = widen(x.new_zeros(K, len(tokens), O))
+        grad_products, wide = widen(x.new_zeros(K, len(tokens), O)), widen(g)
         for rank in range(K):
-            spread = g if score is None else g * s[:, rank:rank + 1]
-            grad_products[rank].index_add_(0, place[:, rank], widen(spread))
+            spread = wide if score is None else wide * s[:, rank:rank + 1]
+            grad_products[rank].index_add_(0, place[:, rank], spread)
             if score is not None:
                 grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
         grad_products = grad_products.transpose(0, 1).to(x.dtype).contiguous()
