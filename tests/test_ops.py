@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
 from convnn_timm.ops import chunks
+from convnn_timm.ops.topk import topk_of_columns, topk_of_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
@@ -28,15 +29,18 @@ def tokens(*shape, dtype=torch.float64, seed=0, ties=False):
     return (x * (torch.rand(shape[:-1], generator=generator) > 0.25).unsqueeze(-1)).to(dtype)
 
 
-@pytest.mark.parametrize('ties', [False, True], ids=['distinct', 'ties'])
+@pytest.mark.parametrize('dtype, ties', [
+    (torch.float64, False), (torch.float64, True), (torch.float32, True)], ids=['distinct', 'ties', 'ties in float32'])
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
-@pytest.mark.parametrize('B, Q, M, C, k', [(2, 20, 20, 5, 4), (3, 7, 31, 2, 31), (1, 1, 1, 3, 1), (5, 33, 9, 1, 8)])
-def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, metric, ties):
+@pytest.mark.parametrize('B, Q, M, C, k', [
+    (2, 20, 20, 5, 4), (3, 7, 31, 2, 31), (1, 1, 1, 3, 1), (5, 33, 9, 1, 8), (2, 40, 90, 3, 13)])
+def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, metric, dtype, ties):
     if ties and metric == 'cosine' and C > 1:  # norms of 1 keep cosine scores exact: at most one channel alive
         query, candidates = (tokens(B, n, C, ties=True) * torch.eye(C, dtype=torch.float64)[torch.arange(n) % C]
                              for n in (Q, M))
     else:
         query, candidates = tokens(B, Q, C, ties=ties), tokens(B, M, C, seed=1, ties=ties)
+    query, candidates = query.to(dtype), candidates.to(dtype)
     exclude = torch.arange(Q) % (M + 1) - 1 if M > 1 else None
     index, score = knn(query, candidates, k, metric, exclude)
     expected_index, expected_score = reference.knn(query, candidates, k, metric, exclude)
@@ -44,6 +48,18 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, met
     torch.testing.assert_close(score, expected_score, rtol=1e-12, atol=1e-12)
     if ties and M > 20:  # the case is worth its name
         assert (score[..., 1:] == score[..., :-1]).any()
+
+
+@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9)])
+def test_topk_orders_equal_values_by_their_index(M, k):
+    """By either way, of values that are often equal, both zeros and infinities among them, and a NaN of either sign."""
+    special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])
+    score = special[torch.randint(len(special), (200, M), generator=torch.Generator().manual_seed(M))]
+    score[::4, M // 2] = torch.tensor(torch.nan).copysign(torch.tensor([1., -1.])).repeat(25)
+    expected = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    for value, index in topk_of_rows(score, k), (t.T for t in topk_of_columns(score.T.contiguous(), k)):
+        assert torch.equal(index, expected)
+        torch.testing.assert_close(value, score.gather(1, expected), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .chunks import batch_chunks, no_autocast, once_differentiable, widen
 from .paths import choose
 from .reference import inverse_norm
+from .topk import few, topk_of_columns, topk_of_rows
 
 __all__ = ['knn', 'grid_neighbors']
 
@@ -74,18 +75,30 @@ def _knn(
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
+    by_column = few(query.dtype, query.device, M, k)
+    # Of few candidates the scores of a chunk stay in a core's cache, with the keys that are sorted.
+    bytes_per_query = M * query.element_size() * (16 if by_column else 1)
     with no_autocast(query):
         buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-        for b, q in batch_chunks(B, Q, M * query.element_size()):
-            shape = (b.stop - b.start, q.stop - q.start, M)
-            buffer = query.new_empty(shape) if buffer is None else buffer
-            s = buffer.view(-1)[:shape[0] * shape[1] * M].view(shape)
-            torch.bmm(query[b, q], candidates[b].mT, out=s)
+        for b, q in batch_chunks(B, Q, bytes_per_query):
+            n, rows = b.stop - b.start, q.stop - q.start
+            buffer = query.new_empty(n * rows * M) if buffer is None else buffer
+            s = buffer[:n * rows * M].view(n, rows, M)
+            if by_column:
+                s = s.view(n, M, rows)
+                torch.bmm(candidates[b], query[b, q].mT, out=s)
+                s = s.mT
+            else:
+                torch.bmm(query[b, q], candidates[b].mT, out=s)
             if offset is not None:
                 s += offset[b].unsqueeze(1)
             own = None if exclude is None else _mask_excluded(s, exclude[q])
-            value, place = _topk_lowest_index(s.flatten(0, 1), k)
-            value, place = value.view_as(score[b, q]), place.view_as(index[b, q])
+            if by_column:
+                value, place = topk_of_columns(s.permute(2, 0, 1).flatten(1), k)
+                value, place = value.T, place.T
+            else:
+                value, place = topk_of_rows(s.flatten(0, 1), k)
+            value, place = value.reshape(n, rows, k), place.reshape(n, rows, k)
             if own is not None:  # where there were no others
                 value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
             score[b, q], index[b, q] = value, place
@@ -120,34 +133,6 @@ def _mask_excluded(score: torch.Tensor, exclude: torch.Tensor) -> torch.Tensor:
     own = score.gather(-1, column)
     score.scatter_(-1, column, own.masked_fill((exclude >= 0).unsqueeze(-1), -torch.inf))
     return own
-
-
-def _topk_lowest_index(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """`score.topk(k)` of (rows, M), equal values in the order of their indices; the lower index wins the last place.
-
-    torch.topk leaves ties to chance. Ties show as equal neighbours among the k + 1 largest values; only rows that have
-    some are done again (on a GPU all rows, for the question would wait for the device).
-    """
-    if score.device.type != 'cpu':
-        return _resolve_ties(score, score.topk(k).values, k)
-    value, index = score.topk(min(k + 1, score.shape[1]))
-    rows = (value[:, 1:] == value[:, :-1]).any(1).nonzero().squeeze(1)
-    value, index = value[:, :k], index[:, :k]
-    if rows.numel() == 0:
-        return value, index
-    tied_value, tied_index = _resolve_ties(score[rows], value[rows], k)
-    return value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied_index)
-
-
-def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Exact top k of rows whose k largest values are known: all above the k-th value, then the first that equal it."""
-    M = score.shape[-1]
-    last = value[:, -1:]
-    order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
-    place = torch.where(score == last, order, torch.where(score <= last, 0., M + 1.))  # NaN counts as above, as in topk
-    index = place.topk(k).indices.sort(dim=-1).values
-    value, by_value = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
-    return value, index.gather(-1, by_value)
 
 
 def _setup_context(ctx, inputs, output) -> None:
