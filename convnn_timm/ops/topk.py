@@ -1,6 +1,6 @@
 """The k largest of a row, in order and exactly: of equal values the first come first, and win the last place.
 
-torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` is several times faster on a CPU
+torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` takes about half its time on a CPU
 where there are few values to choose from. NaN counts as the largest, as in torch.topk.
 """
 from typing import Tuple
@@ -67,7 +67,7 @@ def _pack(score: torch.Tensor) -> torch.Tensor:
     """int64 that are ordered like (score, -index). A float's bits are ordered like an integer, negative ones reversed."""
     score = score + 0.  # -0. becomes 0.
     if score.sum().isnan():
-        score = score.masked_fill_(score.isnan(), torch.nan)  # one of its many
+        score.masked_fill_(score.isnan(), torch.nan)  # one of its many
     bits = score.view(torch.int32)
     bits = bits ^ (bits >> 31 & 0x7fffffff)
     last = len(score) - 1
