@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_timm.layers import (
     Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d, ConvNN1d, ConvNN2d, ConvNNAttention1d,
@@ -127,6 +129,45 @@ def test_loc_is_dilated_and_grouped_conv1d():
         layer = ConvNN1d(4, 8, K=k, **LOC, **options, dtype=torch.float64)
         layer.load_state_dict(conv.state_dict())
         assert torch.equal(layer(image(2, 4, 17)), conv(image(2, 4, 17)))
+
+
+def searched(layer, x):
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    return counter.get_flop_counts()['Global'].get(torch.ops.convnn_timm.knn, 0)
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
+@pytest.mark.parametrize('args', [
+    dict(), dict(stride=2), dict(K=4, magnitude_type='euclidean'), dict(sampling_type='spatial', num_samples=9),
+    dict(sampling_type='random', num_samples=20)])
+def test_loc_searches_once_for_a_size(layer_type, args):
+    def new():
+        torch.manual_seed(0)
+        return layer_type(3, 4, similarity_type='Loc', dtype=torch.float64, **args).eval()
+
+    layer = new()
+    for size in (30, 30, 24, 30):
+        x = image(2, 3, *(size,) * layer.axes)
+        assert torch.equal(layer(x), new()(x))
+    assert searched(layer, x) == 0
+    assert bool(searched(new(), x)) == ('magnitude_type' not in args)  # with distances never
+    assert (searched(copy.deepcopy(layer).train(), x) > 0) == (args.get('sampling_type') == 'random')  # drawn anew
+    layer.stride, other = 3, new()
+    other.stride = 3
+    assert torch.equal(layer(x), other(x))
+
+
+def test_loc_trains_after_an_inference():
+    layer = ConvNN2d(3, 4, similarity_type='Loc')
+    x = image(2, 3, 8, 8, dtype=torch.float32)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = layer(torch.empty(2, 3, 9, 9))
+    assert fake.shape == (2, 4, 9, 9) and torch.isfinite(layer(image(2, 3, 9, 9, dtype=torch.float32))).all()
 
 
 # Dilation: each lattice of positions is a map of its own

@@ -92,6 +92,7 @@ class _ConvNN(NeighborLayer):
         self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
         self.reset_parameters()
         self.spec = layer_spec(self)
+        self.found = None  # by location: what was asked, and the index
 
     def reset_parameters(self) -> None:
         """The initialisation of torch's convolutions."""
@@ -142,7 +143,7 @@ class _ConvNN(NeighborLayer):
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Neighbours (B, Q, K) of the kept positions of the padded map x."""
         if self.similarity_type == 'Loc':
-            return self._select_by_location(size, tuple(x.shape[2:]), x.device).expand(x.shape[0], -1, -1)
+            return self._select_by_location(size, x.device).expand(x.shape[0], -1, -1)
         return self._own_and_search(self.similarity_features(x), size)
 
     def _pointwise(
@@ -186,18 +187,30 @@ class _ConvNN(NeighborLayer):
         coordinates = coordinates.expand(x.shape[0], *coordinates.shape)
         return torch.cat([self.lambda_param * features, (1 - self.lambda_param) * coordinates], dim=1)
 
-    def _select_by_location(
-            self,
-            size: Tuple[int, ...],
-            padded_size: Tuple[int, ...],
-            device: torch.device,
-    ) -> torch.Tensor:
-        """(1, Q, K), in raster order: the same for all images, and without a search where all tokens are candidates."""
+    def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """(1, Q, K), in raster order: the same for all images and, but for a random draw, always. So it is found once."""
+        drawn = self.sampling_type == 'random' and self.training
+        if drawn or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._find_by_location(size, device)
+        asked = (
+            size, device, self.K, self.stride, self.padding, self.dilation, self.magnitude_type, self.sampling_type,
+            self.num_samples, self.sample_padding)
+        if self.found is None or self.found[0] != asked:
+            with torch.inference_mode(False):  # or training could not use it later
+                index = self._find_by_location(size, device)
+            if type(index) is not torch.Tensor:  # a fake one
+                return index
+            self.found = asked, index
+        return self.found[1]
+
+    def _find_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The same. With all tokens as candidates the nearest by distance are known without a search."""
         if self.magnitude_type == 'euclidean' and self.sampling_type == 'all':
             lattices = self.lattices(size)
             index = [self._nearest_on(lattice, device).unsqueeze(0) for lattice in lattices]
             return in_output_order(lattices, index)
-        return self._own_and_search(centered_positions(padded_size, device).unsqueeze(0), size).sort(dim=-1).values
+        positions = centered_positions([n + 2 * self.padding for n in size], device)
+        return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values
 
     def _nearest_on(self, lattice: Lattice, device: torch.device) -> torch.Tensor:
         """(Q, K): the positions of one lattice that are nearest to its queries."""
