@@ -47,6 +47,7 @@ KINDS = {
 DEPARTURES = {
     ('sampling_type', 'random'): 'neighbours are searched among {num_samples} random positions',
     ('sampling_type', 'spatial'): 'neighbours are searched among a grid of {num_samples} x {num_samples} positions',
+    ('neighbor_init', 'zero'): 'the weights of the neighbours start at zero, those of the positions themselves at random',
     ('branch_norm', True): 'the outputs of both branches are normalised before they are mixed',
     ('pointwise_init', 'identity'): 'the 1x1 convolution that mixes the branches starts as the identity',
     ('pointwise_init', 'zero'): "the 1x1 convolution that mixes the branches starts without ConvNN's outputs",

@@ -142,9 +142,11 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
     if init == 'conv' and (layer not in START_AS_CONV or shuffled):
         what = f'{layer} with a pixel shuffle' if layer in START_AS_CONV else layer
         raise ValueError(f"{what} cannot start from a convolution's weights: choose init='random'")
-    if init == 'conv' and layer_args.get('pointwise_init', 'identity') != 'identity':
-        raise ValueError("init='conv' starts the 1x1 convolution as the identity: leave out pointwise_init, or choose "
-                         "init='random'")
+    if init == 'conv':
+        for name, start in ('pointwise_init', 'identity'), ('neighbor_init', 'random'):
+            if layer_args.get(name, start) != start:
+                raise ValueError(f"init='conv' starts from the convolution's weights: leave out {name}, or choose "
+                                 f"init='random'")
 
 
 def _convolutions(model: nn.Module) -> Iterator[Tuple[str, nn.Conv2d]]:

@@ -682,6 +682,27 @@ def test_branching_can_normalise_its_branches():
     torch.testing.assert_close(y.std(1, correction=0), torch.ones(8, dtype=y.dtype), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
+def test_convnn_can_start_as_a_1x1_convolution_and_learn_to_use_its_neighbors(layer_type):
+    layer = layer_type(3, 8, K=4, stride=2, neighbor_init='zero', dtype=torch.float64)
+    x = example(layer)
+    kept = x[(..., *[slice(None, None, 2)] * layer.axes)]
+    conv = nn.functional.conv1d(kept.flatten(2), layer.weight[:, :, :1].flatten(2), layer.bias)
+    torch.testing.assert_close(layer(x).flatten(2), conv, rtol=1e-12, atol=1e-12)
+    layer(x).square().sum().backward()
+    assert (layer.weight.grad[:, :, 1:] != 0).all() and (layer.weight[:, :, :1] != 0).all()
+    with pytest.raises(ValueError, match="neighbor_init='zero' leaves .* leave out neighbor_init, or select by 'Col'"):
+        layer_type(3, 8, neighbor_init='zero', **LOC)
+
+
+def test_a_zero_start_leaves_the_1x1_convolution_its_own_scale():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 32, 1)
+    torch.manual_seed(0)
+    layer = ConvNN2d(16, 32, neighbor_init='zero')
+    assert torch.equal(layer.weight[:, :, 0], conv.weight[..., 0]) and torch.equal(layer.bias, conv.bias)
+
+
 def test_branch_sizes():
     for ratio, first in (0, 0), (.3, 2), (.5, 4), (1, 8):
         layer = Branching2d(3, 8, branch_ratio=ratio)

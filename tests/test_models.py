@@ -24,9 +24,14 @@ def images(n=2, size=32, channels=3, dtype=torch.float32):
 
 @pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'vgg11_convnn_branching'])
 def test_a_networks_own_initialisation_keeps_the_start_that_was_asked_for(name):
-    mixtures = [m.pointwise_conv.weight for m in timm.create_model(name, pointwise_init='identity').modules()
-                if isinstance(m, Branching2d)]
-    assert mixtures and all(torch.equal(w[..., 0, 0], torch.eye(len(w))) for w in mixtures)
+    model = timm.create_model(name, pointwise_init='identity', neighbor_init='zero')
+    layers = [m for m in model.modules() if isinstance(m, Branching2d)]
+    assert layers
+    for layer in layers:
+        mixture, neighbors = layer.pointwise_conv.weight[..., 0, 0], layer.branch1.weight
+        assert torch.equal(mixture, torch.eye(len(mixture)))
+        assert (neighbors[:, :, 1:] == 0).all()
+        assert neighbors[:, :, 0].std().item() == pytest.approx((2 / len(neighbors)) ** 0.5, rel=0.2)
 
 
 def test_all_names_are_registered_with_their_configuration():
@@ -50,8 +55,8 @@ def test_every_layer_argument_is_a_keyword_of_every_model(name):
     arguments = dict(
         K=4, kernel_size=5, padding=2, dilation=2, groups=1, sampling_type='random', num_samples=16, sample_padding=1,
         shuffle_pattern='BA', shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col',
-        aggregation_type='Loc_Col', lambda_param=0.3, branch_ratio=0.25, branch_norm=True, pointwise_init='zero',
-        attention_dropout=0.2, bias=True)
+        aggregation_type='Loc_Col', lambda_param=0.3, neighbor_init='zero', branch_ratio=0.25, branch_norm=True,
+        pointwise_init='zero', attention_dropout=0.2, bias=True)
     assert set(arguments) == set(layer_arguments())
     with torch.device('meta'):
         model = timm.create_model(name, **arguments, num_classes=10, input_noise=0.1, device='meta')

@@ -38,12 +38,13 @@ SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
 held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, recipe
-`cifar10`, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs, batch and learning
-rate. Written by `python train_scripts/results_table.py`.
+`cifar10`, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs, optimizer, batch and
+learning rate. Written by `python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (
-    'run', 'model', 'width', 'epochs', 'batch', 'learning rate', 'training loss', 'held-out loss', 'held-out top-1')
+    'run', 'model', 'width', 'epochs', 'optimizer', 'batch', 'learning rate', 'training loss', 'held-out loss',
+    'held-out top-1')
 ZOO = """```python
 import convnn_timm  # registers the models with timm
 import timm
@@ -76,9 +77,10 @@ def run_row(folder: Path) -> List[str]:
 
 
 def comparable(folder: Path) -> Tuple:
-    """Sorts runs that may be compared together: width, epochs, batch, learning rate, name."""
+    """Sorts runs that may be compared together: width, epochs, optimizer, batch, learning rate, name."""
     args = Record(folder).args
-    return args['model_kwargs']['channels'][0], args['epochs'], args['batch_size'], args['lr'], folder.name
+    return (
+        args['model_kwargs']['channels'][0], args['epochs'], args['opt'], args['batch_size'], args['lr'], folder.name)
 
 
 def search_row(folder: Path) -> List[str]:
@@ -86,7 +88,7 @@ def search_row(folder: Path) -> List[str]:
     arguments = {name: value for name, value in run.args['model_kwargs'].items() if name != 'channels'}
     return [
         f'[{folder.name}]({folder.name})', ' '.join([run.args['model'], *(f'{k}={v}' for k, v in arguments.items())]),
-        run.args['model_kwargs']['channels'][0], run.epochs, run.args['batch_size'], run.args['lr'],
+        run.args['model_kwargs']['channels'][0], run.epochs, run.args['opt'], run.args['batch_size'], run.args['lr'],
         f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
 
 

@@ -146,6 +146,7 @@ class _Branching(_Hybrid):
             similarity_type: str = 'Col',
             aggregation_type: str = 'Col',
             lambda_param: float = 0.5,
+            neighbor_init: str = 'random',
             branch_ratio: float = 0.5,
             branch_norm: bool = False,
             pointwise_init: str = 'random',
@@ -159,7 +160,7 @@ class _Branching(_Hybrid):
             K=K, padding=padding, dilation=dilation, groups=groups, sampling_type=sampling_type,
             num_samples=num_samples, sample_padding=sample_padding, shuffle_pattern=shuffle_pattern,
             shuffle_scale=shuffle_scale, magnitude_type=magnitude_type, similarity_type=similarity_type,
-            aggregation_type=aggregation_type, lambda_param=lambda_param)
+            aggregation_type=aggregation_type, lambda_param=lambda_param, neighbor_init=neighbor_init)
 
 
 class Branching1d(_Branching):

@@ -21,6 +21,8 @@ from .script import layer_spec
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
+NEIGHBOR_INITS = ('random', 'zero')
+
 
 class _ConvNN(NeighborLayer):
     """Convolution over the K nearest neighbours of every position.
@@ -45,6 +47,8 @@ class _ConvNN(NeighborLayer):
         similarity_type: Compare features ('Col'), locations ('Loc') or both ('Loc_Col').
         aggregation_type: Aggregate features ('Col') or features with their coordinates ('Loc_Col').
         lambda_param: Weight of the features against 1 - lambda_param of the coordinates in 'Loc_Col' similarity.
+        neighbor_init: How the weights of all ranks but the position itself start: 'random' (the paper's) or 'zero', so that
+            the layer starts as a 1x1 convolution and learns to use its neighbours.
         bias: Learn a bias.
 
     Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
@@ -72,6 +76,7 @@ class _ConvNN(NeighborLayer):
             similarity_type: str = 'Col',
             aggregation_type: str = 'Col',
             lambda_param: float = 0.5,
+            neighbor_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
@@ -81,11 +86,17 @@ class _ConvNN(NeighborLayer):
             in_channels, out_channels, K, stride, padding, dilation, sampling_type, num_samples, sample_padding,
             shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
         check_choice('similarity_type', similarity_type, SIMILARITY_TYPES)
+        check_choice('neighbor_init', neighbor_init, NEIGHBOR_INITS)
+        if neighbor_init == 'zero' and similarity_type == 'Loc':
+            raise ValueError(
+                "neighbor_init='zero' leaves a weight to the position itself alone, which has no rank of its own in "
+                "similarity_type='Loc': leave out neighbor_init, or select by 'Col' or 'Loc_Col'")
         coordinates = self.axes if aggregation_type == 'Loc_Col' else 0
         check_groups(groups, self.token_channels, self.token_out_channels, coordinates)
         self.groups = groups
         self.similarity_type = similarity_type
         self.lambda_param = lambda_param
+        self.neighbor_init = neighbor_init
         # As many dimensions as a convolution's weight, so that timm can adapt its input channels.
         shape = (self.token_out_channels, self.token_channels // groups, K) + (1,) * (self.axes - 1)
         self.weight = nn.Parameter(torch.empty(shape, **dd))
@@ -96,10 +107,19 @@ class _ConvNN(NeighborLayer):
 
     def reset_parameters(self) -> None:
         """The initialisation of torch's convolutions."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        weight = self.random_weight()
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight[0].numel())
+            bound = 1 / math.sqrt(weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def random_weight(self) -> torch.Tensor:
+        """The part of the weight that starts random, to be set in place; the rest becomes zero."""
+        weight = self.weight.detach()
+        if self.neighbor_init == 'zero':
+            weight[:, :, 1:].zero_()
+            return weight[:, :, :1]
+        return weight
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
@@ -272,6 +292,8 @@ class _ConvNN(NeighborLayer):
             text += f', groups={self.groups}'
         if self.similarity_type == 'Loc_Col':
             text += f', lambda_param={self.lambda_param}'
+        if self.neighbor_init != 'random':
+            text += f', neighbor_init={self.neighbor_init}'
         return text + ('' if self.bias is not None else ', bias=False')
 
 

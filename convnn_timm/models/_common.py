@@ -43,7 +43,7 @@ def init_convnn_weights(model: nn.Module) -> None:
     """Give ConvNN layers the initialisation that timm gives the convolutions beside them."""
     for m in model.modules():
         if isinstance(m, ConvNN2d):
-            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.kaiming_normal_(m.random_weight(), mode='fan_out', nonlinearity='relu')
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, (Branching2d, BranchingAttention2d)):
