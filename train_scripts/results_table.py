@@ -37,9 +37,9 @@ ZOO_COLUMNS = (
 SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
-held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, recipe
-`cifar10`, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs, optimizer, batch and
-learning rate. Written by `python train_scripts/results_table.py`.
+held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, otherwise
+as the recipe `cifar10` was, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs,
+optimizer, batch and learning rate. Written by `python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (
