@@ -146,7 +146,7 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
         for name, start in ('pointwise_init', 'identity'), ('neighbor_init', 'random'):
             if layer_args.get(name, start) != start:
                 raise ValueError(f"init='conv' starts from the convolution's weights: leave out {name}, or choose "
-                                 f"init='random'")
+                                 "init='random'")
 
 
 def _convolutions(model: nn.Module) -> Iterator[Tuple[str, nn.Conv2d]]:
