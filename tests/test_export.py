@@ -102,6 +102,17 @@ def test_torch_compile_takes_any_batch_and_two_sizes_without_compiling_again(lay
     assert graphs.count == compiled_graphs and sum(agreed) > len(agreed) / 2
 
 
+def test_what_loc_keeps_from_other_calls_does_not_make_a_network_compile_again():
+    torch._dynamo.reset()
+    model, graphs = two_blocks('convnn', similarity_type='Loc'), Graphs('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for size in 16, 24, 16, 24, 16:
+        x = photos(2, size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert 0 < graphs.count <= 2
+
+
 def agreement(model, path, size, dynamic):
     pytest.importorskip('onnx', reason="needs onnx: pip install 'convnn-timm[test]'")
     pytest.importorskip('onnxscript', reason="needs onnxscript: pip install 'convnn-timm[test]'")
