@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from convnn_timm import convert, hub
+from convnn_timm import convert, hub, train
 from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
@@ -395,6 +395,26 @@ def test_crop_padding(flags, tmp_path, cache):
                 seen[crops[image.tobytes()]] += 1
     assert len(seen) == 50 and sum(seen.values()) == 1000
     assert max(seen.values()) < 45  # 20 expected, standard deviation 4.4
+
+
+# Lower precision
+
+@pytest.mark.parametrize('extra, remedies', [
+    (['--amp', '--amp-dtype', 'bfloat16', '--opt', 'muon'], ['--no-amp', '--opt sgd']),
+    (['--no-amp', '--opt', 'muon'], ['--opt sgd']),
+    (['--no-amp', '--opt', 'sgd'], []),
+])
+def test_a_processor_without_bfloat16_is_told_from_others(flags, tmp_path, monkeypatch, caplog, extra, remedies):
+    monkeypatch.setattr(train, 'is_emulated', lambda dtype: dtype == 'bfloat16')
+    main([*flags, *extra, '--epochs', '1', '--device', 'cpu', '--output', str(tmp_path)])
+    warnings = [record.getMessage() for record in caplog.records if 'no instructions for bfloat16' in record.getMessage()]
+    assert len(warnings) == len(remedies) and all(map(str.__contains__, warnings, remedies)), warnings
+
+
+def test_emulation_is_not_guessed(monkeypatch):
+    assert train.is_emulated('bfloat16') is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    assert not train.is_emulated('bfloat16')  # nobody to ask
 
 
 # Interruption
