@@ -38,13 +38,13 @@ SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
 held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, otherwise
-as the recipe `cifar10` was, one seed: how far another seed would differ was not measured. Compare runs of the same width, epochs,
-optimizer, batch and learning rate. Written by `python train_scripts/results_table.py`.
+as the recipe `cifar10` was. Compare runs of the same width, epochs, optimizer, batch, learning rate and precision. Written by
+`python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (
-    'run', 'model', 'width', 'epochs', 'optimizer', 'batch', 'learning rate', 'training loss', 'held-out loss',
-    'held-out top-1')
+    'run', 'model', 'width', 'epochs', 'optimizer', 'batch', 'learning rate', 'precision', 'seed', 'training loss',
+    'held-out loss', 'held-out top-1')
 ZOO = """```python
 import convnn_timm  # registers the models with timm
 import timm
@@ -77,10 +77,15 @@ def run_row(folder: Path) -> List[str]:
 
 
 def comparable(folder: Path) -> Tuple:
-    """Sorts runs that may be compared together: width, epochs, optimizer, batch, learning rate, name."""
+    """Sorts runs that may be compared together: width, epochs, optimizer, batch, learning rate, precision, name."""
     args = Record(folder).args
     return (
-        args['model_kwargs']['channels'][0], args['epochs'], args['opt'], args['batch_size'], args['lr'], folder.name)
+        args['model_kwargs']['channels'][0], args['epochs'], args['opt'], args['batch_size'], args['lr'],
+        precision(args), folder.name)
+
+
+def precision(args: Dict) -> str:
+    return args['amp_dtype'] if args['amp'] else 'float32'
 
 
 def search_row(folder: Path) -> List[str]:
@@ -89,7 +94,8 @@ def search_row(folder: Path) -> List[str]:
     return [
         f'[{folder.name}]({folder.name})', ' '.join([run.args['model'], *(f'{k}={v}' for k, v in arguments.items())]),
         run.args['model_kwargs']['channels'][0], run.epochs, run.args['opt'], run.args['batch_size'], run.args['lr'],
-        f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
+        precision(run.args), run.args['seed'], f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}',
+        f'{run.last("eval_top1"):.2f}']
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
