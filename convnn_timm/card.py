@@ -109,8 +109,9 @@ class Record:
 
 def machine_name(environment: Dict[str, Any]) -> str:
     """The processor that an environment.json names."""
-    threads = environment['threads']
-    return environment['gpu'] or f'{environment["cpu"]}, {threads} thread{"s" if threads > 1 else ""}'
+    threads, capability = environment['threads'], environment.get('cpu_capability')
+    vectors = f' with {capability}' if capability else ''
+    return environment['gpu'] or f'{environment["cpu"]}{vectors}, {threads} thread{"s" if threads > 1 else ""}'
 
 
 @dataclass

@@ -104,6 +104,7 @@ def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]
         python=platform.python_version(),
         platform=f'{platform.system()} {platform.machine()}',
         cpu=cpus[0].split(':')[1].strip() if cpus else platform.processor(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         processes=int(os.environ.get('WORLD_SIZE', 1)),
