@@ -75,10 +75,10 @@ def convert(
             function of name and module. All by default.
         init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
             from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
-            `magnitude_type='euclidean'`) then leave the network's function as it is. Chosen by similarity they are
-            others than the convolution's, and its taps become the weights of their ranks: that of the window's centre
-            the weight of the position itself, the others in order of their distance from it; the network has to be
-            trained on. A branching layer divides the outputs between its branches, and its 1x1 convolution starts
+            `magnitude_type='euclidean'`) then leave the network's function as it is (but for `branch_norm`). Chosen by
+            similarity they are others than the convolution's, and its taps become the weights of their ranks: that of
+            the window's centre the weight of the position itself, the others in order of their distance from it; the
+            network has to be trained on. A branching layer divides the outputs between its branches, and its 1x1 convolution starts
             as the identity (for groups, a permutation): the convolution's share of the function stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
@@ -94,7 +94,7 @@ def convert(
     if isinstance(model, nn.Conv2d):
         raise ValueError('a convolution cannot be replaced in place: put it into a Sequential')
     if isinstance(where, str):
-        where = where.split(',')
+        where = [pattern.strip() for pattern in where.split(',')]
     report, new, possible = ConversionReport(layer), {}, []
     for name, conv in _convolutions(model):
         reason = _why_not(conv, layer, init, layer_args)
@@ -107,6 +107,10 @@ def convert(
                 report.replaced.append(name)
     if not new:
         raise ValueError(_nothing(where, layer, possible, report.skipped))
+    if isinstance(where, (list, tuple)):
+        names = [name for name, _ in _convolutions(model)]
+        if idle := [pattern for pattern in where if not any(fnmatchcase(name, pattern) for name in names)]:
+            raise ValueError(f'no convolution is named {", ".join(idle)}; there are {_list(names)}')
 
     report.input_size = _input_size(model)
     before = _cost(model, report.input_size)
@@ -174,7 +178,7 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
         return f'the kernel is {height} x {width}, and an even one has no centre'
     if type(conv) not in (nn.Conv2d, Conv2dSame):
         return f'{type(conv).__name__} does more than a convolution'
-    if conv._forward_hooks or conv._forward_pre_hooks:
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return 'it has hooks, which would be lost'
     for name in 'stride', 'dilation':
         if len(set(getattr(conv, name))) > 1:
@@ -232,6 +236,9 @@ def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) 
     if init == 'conv':
         _start_as(conv, new)
     new.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    for name, parameter in new.named_parameters():
+        if conv.bias is not None and name.endswith('bias'):
+            parameter.requires_grad_(conv.bias.requires_grad)
     side, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     half = dilation * (side // 2)
     if isinstance(conv, Conv2dSame) or conv.padding == 'same':
@@ -355,6 +362,8 @@ class Aligned(nn.Module):
             before = padding[axis]
             total = 2 * before
         kept = (size + total - window) // self.stride + 1
+        if kept < 1:
+            raise ValueError(f'the window of {window} does not fit into {size} positions with {total} of padding')
         front = before - reach if before > reach else (before - reach) % self.stride
         first = (front + reach - before) // self.stride
         return front, max((first + kept - 1) * self.stride + 1 - front - size, 0), first, kept

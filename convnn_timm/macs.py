@@ -12,7 +12,8 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     """Count the multiply-accumulates of one image's forward pass in evaluation mode.
 
     Convolutions and matrix products count, and the operators of this package by the formulas that they register;
-    normalization, activations and pooling do not. Works on a model on the meta device too.
+    normalization, activations and pooling do not, nor what a layer finds once for all images, such as neighbours by
+    location. Works on a model on the meta device too.
 
     Args:
         model: Any model for images; its training mode is left as it was.
@@ -21,12 +22,14 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     Returns:
         Multiply-accumulates; a FLOP count is twice that.
     """
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
             model.eval()(image)
+            with FlopCounterMode(display=False) as counter:
+                model(image)
     finally:
         for module, training in modes:
             module.training = training

@@ -269,6 +269,29 @@ def test_a_module_that_is_there_twice_is_replaced_everywhere_by_one_layer():
     assert model['a'] is model['b'][1] is model['b'][2]
 
 
+def test_names_may_be_spaced():
+    spaced, plain = (timm.create_model('resnet18', device='meta') for _ in range(2))
+    replaced = convert(spaced, where='layer3.*, layer4.*').replaced
+    assert replaced == convert(plain, where='layer3.*,layer4.*').replaced and replaced[-1].startswith('layer4')
+
+
+def test_what_is_frozen_stays_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[0].bias.requires_grad_(False)
+    model[1].weight.requires_grad_(False)
+    convert(model, 'convnn', K=4)
+    frozen = {name.replace('layer.', '') for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {'0.bias', '1.weight'}
+
+
+def test_a_map_smaller_than_the_window_is_refused_as_by_a_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 4, 5))
+    convert(model, 'convnn')
+    assert model(torch.ones(1, 3, 5, 6)).shape == (1, 4, 1, 2)
+    with pytest.raises(ValueError, match='the window of 5 does not fit into 4 positions with 0 of padding'):
+        model(torch.ones(1, 3, 4, 4))
+
+
 def test_layers_of_this_package_are_left_alone():
     model = timm.create_model('resnet18_convnn_branching', device='meta')
     assert convert(model).replaced == ['conv1']
@@ -278,6 +301,7 @@ def test_layers_of_this_package_are_left_alone():
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(where='layer9.*'), "`where` selects no convolution ('layer9.*')\n  it can replace: conv1, layer1.0.conv1, "),
+    (dict(where='layer3.*, layr4.*'), 'no convolution is named layr4.*; there are conv1, layer1.0.conv1, '),
     (dict(where=lambda name, module: False), '`where` selects no convolution (the function)\n  it can replace: '),
     (dict(where='*downsample*'), 'none of the convolutions that `where` selects:\n  a 1 x 1 kernel has no '),
     (dict(layer='conv2d'), "unknown layer 'conv2d', valid are conv2d_new, convnn, "),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import convnn_timm  # noqa: F401, registers the models
+from convnn_timm.layers import ConvNN2d
 from convnn_timm.macs import count_macs
 
 
@@ -31,6 +32,12 @@ def test_neighbours_are_counted():
         for ratio in (0., 0.5)
     )
     assert hybrid > 1.05 * plain
+
+
+def test_what_is_found_once_is_not_counted():
+    layer = ConvNN2d(3, 4, K=9, similarity_type='Loc')
+    assert count_macs(layer, (3, 16, 16)) == count_macs(layer, (3, 16, 16)) == 16 * 16 * 3 * 4 * 9
+    assert count_macs(nn.ReLU()) == 0
 
 
 def test_the_model_is_left_as_it_was():

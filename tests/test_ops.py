@@ -118,20 +118,40 @@ def test_knn_gives_zero_vectors_score_zero_without_gradient():
     (dict(k=0), r'k must lie in \[1, 6\]'),
     (dict(k=7), r'k must lie in \[1, 6\]'),
     (dict(query=torch.ones(2, 6, 5)), r'knn takes query \(B, Q, C\)'),
+    (dict(exclude=torch.zeros(1).long()), r'exclude names one candidate for each of 6 queries, but is \(1,\)'),
 ])
 def test_knn_refuses(args, message):
     with pytest.raises(ValueError, match=message):
         knn(**{'query': torch.ones(2, 6, 3), 'candidates': torch.ones(2, 6, 3), 'k': 2, **args})
 
 
-@pytest.mark.parametrize('size', [(7,), (1, 1), (1, 9), (5, 8), (10, 3), (12, 12)])
-@pytest.mark.parametrize('k', [1, 2, 5, 9, 20, 25, 49])
+@pytest.mark.parametrize('offset', [0, 100, 10000])
+def test_euclidean_knn_does_not_depend_on_where_the_features_lie(offset):
+    x = tokens(2, 64, 8).mul(2 ** 10).round().div(2 ** 10) + offset  # numbers that float32 holds with the offset
+    index, score = knn(x.float(), x.float(), 9, 'euclidean')
+    expected, expected_score = reference.knn(x.double(), x.double(), 9, 'euclidean')
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(score.double(), expected_score, rtol=1e-4, atol=1e-5)
+
+
+def test_knn_orders_ties_whatever_the_default_dtype(monkeypatch):
+    candidates = torch.zeros(1, 1027, 1)
+    candidates[0, -4:, 0] = torch.tensor([1., 2., 3., 4.])
+    expected = knn(torch.tensor([[[2.]]]), candidates, 6, 'euclidean')[0]
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(knn(torch.tensor([[[2.]]]).float(), candidates, 6, 'euclidean')[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('size, k', [
+    (size, k) for size in [(7,), (1, 1), (1, 9), (5, 8), (10, 3), (12, 12)] for k in [1, 2, 5, 9, 20, 25, 49]
+    if k <= torch.Size(size).numel()])
 def test_grid_neighbors_selects_what_the_definition_selects(size, k):
     total = torch.Size(size).numel()
-    if k > total:
-        return
     everywhere = reference.grid_neighbors(size, k)
-    assert torch.equal(grid_neighbors(size, k, (0,) * len(size)), everywhere)
+    assert torch.equal(grid_neighbors(size, k), everywhere)
     some = torch.arange(total).view(size)[tuple(slice(n // 3, n - n // 4, 2) for n in size)].flatten()
     starts, stops = tuple(n // 3 for n in size), tuple(n - n // 4 for n in size)
     assert torch.equal(grid_neighbors(size, k, starts, 2, stops), everywhere[some])
@@ -256,6 +276,18 @@ def test_neighbor_conv_refuses(weight, message):
         neighbor_conv(torch.ones(2, 9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
     with pytest.raises(ValueError, match=r'takes x \(B, T, C\)'):
         neighbor_conv(torch.ones(9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
+
+
+def test_neighbor_conv_refuses_a_score_of_another_shape():
+    index = torch.zeros(2, 9, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r'score \(2, 3, 9\) must have the shape of index, \(2, 9, 3\)'):
+        neighbor_conv(torch.ones(2, 9, 4), index, torch.ones(6, 4, 3), score=torch.ones(2, 3, 9))
+
+
+@pytest.mark.parametrize('k', [0, 5])
+def test_grid_neighbors_refuses(k):
+    with pytest.raises(ValueError, match=rf'k must lie in \[1, 4\], the number of positions, but is {k}'):
+        grid_neighbors((2, 2), k)
 
 
 def test_a_second_derivative_is_refused():

@@ -58,6 +58,11 @@ def test_a_forced_path_that_cannot_run_says_why_and_what_to_do(runs_triton):
         choose('knn', torch.ones(1, 99, 2), torch.ones(1, 99, 2), 80)
 
 
+def test_a_forced_path_leaves_float64_ranking_to_torch(runs_triton):
+    with use_path('triton'):
+        assert choose('knn', torch.ones(1, 9, 2).double(), torch.ones(1, 9, 2).double(), 2) == 'torch'
+
+
 @pytest.mark.parametrize('dtype, k, reason', [
     (torch.float32, 64, None),
     (torch.float32, 65, 'K = 65 > 64'),

@@ -148,7 +148,8 @@ class TestKernels:
         grad = tokens(B, Q, O, seed=4).to(dtype)
         index = torch.randint(T, (B, Q, K), generator=torch.Generator().manual_seed(5)).to(DEVICE)
         found = [neighbor_conv(x, index, weight, bias, score, groups)]
-        found += neighbor_conv_backward(grad, x, index, weight, score, groups)
+        grad_x, grad_weight, grad_score = neighbor_conv_backward(grad, x, index, weight, score, groups)
+        found += [grad_x, grad_weight.mT, grad_score]
 
         x, weight, score, bias = (
             None if t is None else t.double().requires_grad_() for t in (x, weight, score, bias))

@@ -7,7 +7,6 @@ import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
 from .base import NeighborLayer, map_to_tokens, with_own_first
-from .script import layer_spec
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
 
@@ -81,7 +80,6 @@ class _ConvNNAttention(NeighborLayer):
         self.pointwise_conv = conv(C, O, 1, bias=bias, **dd)
         self.w_o = conv(O, O, 1, bias=False, **dd)
         self.reset_parameters()
-        self.spec = layer_spec(self)
 
     def reset_parameters(self) -> None:
         """Depthwise weights start at 1: plain attention. (The projections initialise themselves.)"""

@@ -1,4 +1,5 @@
 """What ConvNN and ConvNN attention have in common: their arguments, and the way from a map to tokens and back."""
+import operator
 from typing import Any, List, Optional, Tuple
 
 import torch
@@ -10,7 +11,10 @@ from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, inner_positions, lattices
 from .script import ScriptedWhole
 
-__all__ = ['NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES']
+__all__ = [
+    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'AGGREGATION_TYPES',
+    'SIMILARITY_TYPES',
+]
 
 SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
 AGGREGATION_TYPES = ('Col', 'Loc_Col')
@@ -21,10 +25,18 @@ def check_choice(name: str, value: Any, valid: Tuple[str, ...]) -> None:
         raise ValueError(f'unknown {name} {value!r}, valid are {", ".join(map(repr, valid))}')
 
 
+def check_integer(name: str, value: Any, least: int) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise ValueError(f'{name} must be one integer, the same for all axes, got {value!r}') from None
+    if value < least:
+        raise ValueError(f'{name} must be at least {least}, got {value}')
+
+
 def check_groups(groups: int, channels: int, out_channels: int, coordinates: int) -> None:
     """Check groups of the channels that are aggregated, of which some may be coordinates."""
-    if groups < 1:
-        raise ValueError(f'groups must be at least 1, got {groups}')
+    check_integer('groups', groups, 1)
     if channels % groups or out_channels % groups:
         note = f" ({coordinates} of them coordinates of aggregation_type='Loc_Col')" if coordinates else ''
         raise ValueError(
@@ -72,10 +84,10 @@ class NeighborLayer(ScriptedWhole):
         for name, value, least in (
                 ('in_channels', in_channels, 1), ('out_channels', out_channels, 1), ('K', K, 1), ('stride', stride, 1),
                 ('padding', padding, 0), ('dilation', dilation, 1), ('sample_padding', sample_padding, 0)):
-            if value < least:
-                raise ValueError(f'{name} must be at least {least}, got {value}')
-        if shuffle_pattern != 'NA' and shuffle_scale < 1:
-            raise ValueError(f'shuffle_scale must be at least 1, got {shuffle_scale}')
+            check_integer(name, value, least)
+        check_integer('num_samples', num_samples, -1)
+        if shuffle_pattern != 'NA':
+            check_integer('shuffle_scale', shuffle_scale, 1)
         if sampling_type == 'all' and num_samples != -1:
             raise ValueError(
                 f"sampling_type='all' takes every token: leave num_samples at -1 (got {num_samples}) "

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from .attention import ConvNNAttention1d, ConvNNAttention2d
-from .base import NeighborLayer, check_choice, check_input
+from .base import NeighborLayer, check_choice, check_input, check_integer
 from .convnn import ConvNN1d, ConvNN2d
 
 POINTWISE_INITS = ('random', 'identity', 'zero')
@@ -36,7 +36,8 @@ class _Hybrid(nn.Module):
         if not 0 <= branch_ratio <= 1:
             raise ValueError(f'branch_ratio must lie in [0, 1], got {branch_ratio}')
         check_choice('pointwise_init', pointwise_init, POINTWISE_INITS)
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        check_integer('kernel_size', kernel_size, 1)
+        if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, so that both branches keep the size of the map, got {kernel_size}')
         if neighbor_args['shuffle_pattern'] in ('A', 'B') and neighbor_args['shuffle_scale'] > 1:
             raise ValueError(
@@ -74,10 +75,12 @@ class _Hybrid(nn.Module):
 
     @torch.no_grad()
     def init_pointwise(self) -> None:
-        """Start the 1x1 convolution as `pointwise_init` asks; a random weight stays as it is."""
+        """Start the 1x1 convolution as `pointwise_init` asks; what starts random stays as it is."""
         weight = self.pointwise_conv.weight
         if self.pointwise_init == 'identity':
             weight.copy_(torch.eye(len(weight), device=weight.device).view_as(weight))
+            if self.pointwise_conv.bias is not None:
+                self.pointwise_conv.bias.zero_()
         elif self.pointwise_init == 'zero' and self.branch1 is not None and self.branch2 is not None:
             weight[:, :self.branch1.out_channels].zero_()
 

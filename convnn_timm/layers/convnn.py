@@ -6,7 +6,7 @@ first, and applies one weight per neighbour rank. Chosen by location alone this 
 Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
 """
 import math
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,6 @@ from convnn_timm.ops.chunks import widen
 from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens, with_own_first
 from .coordinates import centered_positions, similarity_coordinates
 from .sampling import Lattice, in_output_order, unpadded_positions
-from .script import layer_spec
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
@@ -87,6 +86,8 @@ class _ConvNN(NeighborLayer):
             shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
         check_choice('similarity_type', similarity_type, SIMILARITY_TYPES)
         check_choice('neighbor_init', neighbor_init, NEIGHBOR_INITS)
+        if not 0 <= lambda_param <= 1:
+            raise ValueError(f'lambda_param must lie in [0, 1], got {lambda_param}')
         if neighbor_init == 'zero' and similarity_type == 'Loc':
             raise ValueError(
                 "neighbor_init='zero' leaves a weight to the position itself alone, which has no rank of its own in "
@@ -102,8 +103,11 @@ class _ConvNN(NeighborLayer):
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
         self.reset_parameters()
-        self.spec = layer_spec(self)
         self.found = None  # by location: what was asked, and the index
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """A copy or a file finds its neighbours anew."""
+        return {**self.__dict__, 'found': None}
 
     def reset_parameters(self) -> None:
         """The initialisation of torch's convolutions."""
@@ -194,7 +198,7 @@ class _ConvNN(NeighborLayer):
         if self.aggregation_type == 'Loc_Col':
             return map_to_tokens(self.aggregated(padded)).index_select(1, positions)
         place, inside = unpadded_positions(positions, size, self.padding)
-        return map_to_tokens(x).index_select(1, place) * inside.unsqueeze(-1)
+        return map_to_tokens(x).index_select(1, place).masked_fill(~inside.unsqueeze(-1), 0)
 
     @torch.no_grad()
     def similarity_features(self, x: torch.Tensor) -> torch.Tensor:

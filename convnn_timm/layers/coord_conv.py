@@ -5,7 +5,7 @@ import torch.nn as nn
 from .base import AGGREGATION_TYPES, check_choice, check_groups, check_input
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
-from .script import ScriptedWhole, layer_spec
+from .script import ScriptedWhole
 
 __all__ = ['CoordConv2d']
 
@@ -63,7 +63,6 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         self.shuffle_pattern = shuffle_pattern
         self.shuffle_scale = scale
         self.aggregation_type = aggregation_type
-        self.spec = layer_spec(self)
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:

@@ -28,5 +28,5 @@ def similarity_coordinates(size: Tuple[int, ...], device: Optional[torch.device]
     So the nearest by location are a window on any map. On square maps these are the paper code's, to the last bit.
     """
     longer = max(max(size) - 1, 1)
-    axes = [torch.linspace(-(n - 1) / longer, (n - 1) / longer, n, device=device) for n in size]
+    axes = [torch.linspace(-(n - 1) / longer, (n - 1) / longer, n, device=device, dtype=torch.float32) for n in size]
     return torch.stack(torch.meshgrid(*axes, indexing='ij')[::-1])

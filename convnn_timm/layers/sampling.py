@@ -114,10 +114,10 @@ def unpadded_positions(
         padding: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Raster indices, in the unpadded map, of positions (M,) of the padded one, and whether they lie in it."""
-    place, inside, pitch = 0, True, 1
+    place, inside, pitch = 0, torch.ones_like(positions, dtype=torch.bool), 1
     for n in reversed(size):
         step = positions % (n + 2 * padding) - padding
-        inside = (step >= 0) & (step < n) & inside
+        inside = inside & (step >= 0) & (step < n)
         place = place + step * pitch
         positions, pitch = positions // (n + 2 * padding), pitch * n
     return torch.where(inside, place, 0), inside

@@ -5,8 +5,8 @@ A scripted file can be saved and loaded, as long as convnn_timm is imported wher
 import importlib
 import inspect
 import json
-from functools import lru_cache
-from typing import List, Optional
+import threading
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -20,10 +20,15 @@ _library.define('layer(Tensor x, Tensor?[] tensors, str spec, bool training) -> 
 class ScriptedWhole(nn.Module):
     """Base of layers whose `compute` is opaque to TorchScript.
 
-    A subclass keeps its constructor's arguments as attributes of the same names, ends its constructor with
-    `self.spec = layer_spec(self)`, and lists its parameters in `tensors`, in the order of `named_parameters`.
+    A subclass keeps its constructor's arguments as attributes of the same names, and lists its parameters in `tensors`,
+    in the order of `named_parameters`.
     """
     spec: str
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """torch.jit.script calls this."""
+        self.spec = layer_spec(self)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -41,15 +46,33 @@ class ScriptedWhole(nn.Module):
 
 def layer_spec(layer: nn.Module) -> str:
     """Class and constructor arguments of a layer as text."""
-    names = inspect.signature(type(layer)).parameters.keys() - {'bias', 'device', 'dtype'}
+    kind = type(layer)
+    names = inspect.signature(kind).parameters.keys() - {'bias', 'device', 'dtype'}
+    if missing := [name for name in sorted(names) if not hasattr(layer, name)]:
+        raise TypeError(
+            f'{kind.__name__} cannot be scripted: it must keep its constructor\'s arguments as attributes of the same '
+            f'names ({", ".join(missing)}), or have the constructor of the layer that it derives from')
     arguments = {name: getattr(layer, name) for name in sorted(names)}
-    return json.dumps([type(layer).__module__, type(layer).__name__, {**arguments, 'bias': layer.bias is not None}])
+    arguments['bias'] = layer.bias is not None
+    return json.dumps([kind.__module__, kind.__name__, arguments], default=lambda number: number.item())  # numpy's
 
 
-@lru_cache(maxsize=None)
+class _Layers(threading.local):
+    """The layers that each thread has built: while one runs it holds the tensors of that call."""
+
+    def __init__(self) -> None:
+        self.built: Dict[Tuple[str, bool], Any] = {}
+
+
+_layers = _Layers()
+
+
 def _build(spec: str, training: bool) -> nn.Module:
-    module, name, arguments = json.loads(spec)
-    return getattr(importlib.import_module(module), name)(**arguments, device='meta').train(training)
+    if (spec, training) not in _layers.built:
+        module, name, arguments = json.loads(spec)
+        layer = getattr(importlib.import_module(module), name)(**arguments, device='meta')
+        _layers.built[spec, training] = layer.train(training)
+    return _layers.built[spec, training]
 
 
 def _run(x: torch.Tensor, tensors: List[Optional[torch.Tensor]], spec: str, training: bool) -> torch.Tensor:

@@ -49,12 +49,18 @@ def knn(
             f'knn takes query (B, Q, C) and candidates (B, M, C), not {tuple(query.shape)} and {tuple(candidates.shape)}')
     if not 1 <= k <= candidates.shape[1]:
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
+    if exclude is not None and exclude.shape != query.shape[1:2]:
+        raise ValueError(f'exclude names one candidate for each of {query.shape[1]} queries, but is {tuple(exclude.shape)}')
     with no_autocast(query):
         query, candidates = widen(query), widen(candidates)
         select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
         if metric == 'cosine':
             score, index = select(query, candidates * inverse_norm(candidates), None, exclude, k)
             return index, score * inverse_norm(query)
+        # Distances from the middle candidate, which changes no distance between two, or features that lie far from 0
+        # compared with their differences would lose these to rounding.
+        origin = candidates.detach()[:, candidates.shape[1] // 2:][:, :1].nan_to_num(0., 0., 0.)
+        query, candidates = query - origin, candidates - origin
         score, index = select(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
         return index, score - query.square().sum(-1, keepdim=True)
 
@@ -191,7 +197,7 @@ def _flops(query_shape, candidates_shape, *args, out_shape=None, **kwargs) -> in
 def grid_neighbors(
         size: Tuple[int, ...],
         k: int,
-        starts: Tuple[int, ...],
+        starts: Optional[Tuple[int, ...]] = None,
         stride: int = 1,
         stops: Optional[Tuple[int, ...]] = None,
         device: Optional[torch.device] = None,
@@ -204,20 +210,24 @@ def grid_neighbors(
     Args:
         size: Length of each axis of the grid, (T,) or (H, W).
         k: Number of neighbours, the position itself included.
-        starts: First query on each axis.
+        starts: First query on each axis (default: the first position).
         stride: Step between queries.
         stops: One past the last query on each axis (default: the end of the axis).
 
     Returns:
         (Q, k) int64 raster indices, ascending.
+
+    Raises:
+        ValueError: k outside [1, the number of positions].
     """
+    if not 1 <= k <= torch.Size(size).numel():
+        raise ValueError(f'k must lie in [1, {torch.Size(size).numel()}], the number of positions, but is {k}')
     radius = _covering_radius(size, k)
     axes, steps = [], []
-    for n, start, stop in zip(size, starts, stops or size):
+    for n, start, stop in zip(size, starts or [0] * len(size), stops or size):
         axes.append(torch.arange(start, stop, stride, device=device))
         steps.append(torch.arange(-min(radius, n - 1), min(radius, n - 1) + 1, device=device))
-    query = torch.cartesian_prod(*axes).reshape(-1, len(size))
-    step = torch.cartesian_prod(*steps).reshape(-1, len(size))
+    query, step = (torch.stack(torch.meshgrid(*a, indexing='ij'), -1).flatten(0, -2) for a in (axes, steps))
     position = query.unsqueeze(1) + step  # Q, window, axes
     limit = torch.tensor(size, device=device)
     inside = ((position >= 0) & (position < limit)).all(-1)

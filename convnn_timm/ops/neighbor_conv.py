@@ -32,7 +32,7 @@ def neighbor_conv(
 
     Args:
         x: (B, T, C) tokens.
-        index: (B, Q, K) int64, the neighbours of every query in rank order.
+        index: (B, Q, K) int64, the neighbours of every query in rank order, each in [0, T). (This is not checked.)
         weight: (O, C / groups, K), one matrix per neighbour rank.
         bias: (O,).
         score: (B, Q, K), a factor for every neighbour.
@@ -52,7 +52,10 @@ def neighbor_conv(
         raise ValueError(
             f'weight {tuple(weight.shape)} with {groups} groups does not fit x {tuple(x.shape)} and '
             f'index {tuple(index.shape)}: it must be (O, C / groups, K) with O divisible by groups')
-    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
+    if score is not None and score.shape != index.shape:
+        raise ValueError(f'score {tuple(score.shape)} must have the shape of index, {tuple(index.shape)}')
+    # Autocast leaves float64 as it is.
+    if x.device.type != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -110,7 +113,7 @@ def _gather_backward(grad, x, index, weight, score, groups):
     matrix = _rank_major(weight, groups)
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
     grad_matrix = widen(matrix.new_zeros(groups, O // groups, K * C // groups))
-    grad_score = None if score is None else torch.empty_like(score)
+    grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     depthwise = groups == C == O
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
@@ -181,7 +184,7 @@ def _multiply_backward(grad, x, index, weight, score, groups):
     K, O = index.shape[2], weight.shape[0]
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1]))
-    grad_score = None if score is None else torch.empty_like(score)
+    grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     for b, tokens, place in _tokens_and_places(x, index, weight):
         g = grad[b].reshape(-1, O)
         if score is not None:
@@ -273,9 +276,9 @@ def _neighbor_conv_backward(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to x, weight and score (empty without a score); sums over neighbours and tokens are taken in float32."""
     if choose('neighbor_conv', x, weight, groups) == 'triton':
-        from .triton.neighbor_conv import neighbor_conv_backward
-        return neighbor_conv_backward(grad, x, index, weight, score, groups)
-    backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
+        from .triton.neighbor_conv import neighbor_conv_backward as backward
+    else:
+        backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
     with no_autocast(x):
         grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups)
     # Rank by rank in memory, like a channels_last weight.

@@ -58,13 +58,15 @@ class use_path:
 
 
 def choose(op: str, *args) -> str:
-    """The path for one call of 'knn' or 'neighbor_conv'; args are those of its predicate.
+    """The path for one call of 'knn' or 'neighbor_conv'; args are those of its predicate. float64 is ranked by 'torch'.
 
     Raises:
         RuntimeError: The path that was asked for cannot run with these tensors.
     """
     _check_name(_wanted)
     if _wanted != 'triton':
+        return 'torch'
+    if op == 'knn' and args[0].dtype == torch.float64:  # so are locations, in a network of any dtype
         return 'torch'
     reason = {'knn': can_run_triton_knn, 'neighbor_conv': can_run_triton_neighbor_conv}[op](*args)
     if reason:

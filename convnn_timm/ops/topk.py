@@ -33,7 +33,7 @@ def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[tor
     M = score.shape[-1]
     last = value[:, -1:]
     order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
-    place = torch.where(score == last, order, torch.where(score <= last, 0., M + 1.))  # NaN counts as above, as in topk
+    place = torch.where(score == last, order, M + 1).masked_fill_(score < last, 0)  # NaN counts as above, as in topk
     index = place.topk(k).indices.sort(dim=-1).values
     value, by_value = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
     return value, index.gather(-1, by_value)

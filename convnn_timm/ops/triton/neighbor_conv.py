@@ -74,7 +74,7 @@ def neighbor_conv_backward(
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     grad_score = x.new_zeros(index.shape if score is not None else (0,))
     if grad.numel() == 0:
-        return grad_x.to(x.dtype), torch.zeros_like(weight), grad_score
+        return grad_x.to(x.dtype), torch.zeros_like(weight.transpose(1, 2)), grad_score
     matrix = weight.permute(2, 1, 0)
     grad, x, index, matrix, score = _contiguous(grad, x, index, matrix, score)
     with on_device(x):
@@ -88,7 +88,7 @@ def neighbor_conv_backward(
         else:
             _input_gradient(grad, x, index, matrix, score, grad_score, grad_x, groups, atomic=True)
         grad_weight = _weight_gradient(grad, x, index, score, groups)
-    return grad_x.to(x.dtype), grad_weight.permute(2, 1, 0).to(weight.dtype).contiguous(), grad_score
+    return grad_x.to(x.dtype), grad_weight.permute(2, 0, 1).to(weight.dtype), grad_score
 
 
 def _input_gradient(grad, x, index, matrix, score, grad_score, out, groups, atomic) -> None:
