@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -337,8 +337,7 @@ def predict(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.checkpoint).eval().to(device)
     name_of = class_names(model)
     config = resolve_data_config({}, model=model)
-    transform = create_transform(**config, is_training=False)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    transform, mode = create_transform(**config, is_training=False), image_mode(config)
 
     status = 0
     for path in find_images(args.images):
@@ -431,7 +430,7 @@ def export_onnx(args: argparse.Namespace) -> int:
     with wrong_values():
         model = load_or_draw_model(args.model).eval()
         config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
-        transform, mode = create_transform(**config, is_training=False), 'L' if config['input_size'][0] == 1 else 'RGB'
+        transform, mode = create_transform(**config, is_training=False), image_mode(config)
         photos = {name: transform(photo) for name, photo in check_photos(args.check, mode)} if runtime else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         onnx_export.export_onnx(
@@ -510,8 +509,7 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
     model = load_or_draw_model(name)
     neighbor_layers(model)
     config = resolve_data_config({}, model=model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    return model.eval().to(device), create_transform(**config, is_training=False), mode
+    return model.eval().to(device), create_transform(**config, is_training=False), image_mode(config)
 
 
 def load_or_draw_model(name: str) -> 'nn.Module':
@@ -639,24 +637,24 @@ def find_images(paths: List[str]) -> Iterator[Path]:
             yield path
 
 
+def image_mode(config: Dict[str, Any]) -> str:
+    from . import images
+
+    try:
+        return images.image_mode(config['input_size'][0])
+    except images.ImageError as error:
+        raise CommandError(str(error)) from error
+
+
 def read_image(path: Path, mode: str = 'RGB') -> 'Image.Image':
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from . import images
 
     if path.is_dir():
         raise CommandError(f'{path}: no images in this folder')
     try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError as error:
-        raise CommandError(f'{path}: not found') from error
-    except UnidentifiedImageError as error:
-        raise CommandError(f'{path}: not an image') from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CommandError(f'{path}: cannot be read: {one_line(error)}') from error
-    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip to 8 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
+        return images.read_image(path, mode)
+    except images.ImageError as error:
+        raise CommandError(str(error)) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -9,12 +9,13 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .conversion import convert
-from .train_args import UsageError, build_parser, parse_args
+from .train_args import UsageError, build_parser, find_recipe, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
 
@@ -109,7 +110,7 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
             setup.scaler(
                 loss / group,
                 setup.optimizer,
-                clip_grad=args.clip_grad,
+                clip_grad=args.clip_grad or None,
                 clip_mode=args.clip_mode,
                 parameters=model_parameters(setup.model, exclude_head='agc' in args.clip_mode),
                 need_update=update,
@@ -189,10 +190,23 @@ def print_result(row: Dict[str, float]) -> None:
 
 # Commands
 
+@contextmanager
+def explained():
+    """While a run is set up, what goes wrong is in the arguments, the data or the files: say it in one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(' '.join(str(error).split()) or type(error).__name__) from error
+
+
 def create_model(args: argparse.Namespace) -> nn.Module:
     """Create the model of the arguments, converted if they say so."""
     if ':' not in args.model and not timm.is_model(args.model):
         raise UsageError(f'unknown model {args.model!r}: `convnn-timm list` names those of this package')
+    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file')
     try:
         model = timm.create_model(
             args.model,
@@ -210,6 +224,17 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         return model
     except (TypeError, ValueError) as error:  # an argument that the model does not know, or a wrong value
         raise UsageError(f'{args.model}: {error}') from error
+
+
+def create_data_config(args: argparse.Namespace, model: nn.Module) -> Dict[str, Any]:
+    """timm's; mean and standard deviation of as many channels as the images have."""
+    data_config = resolve_data_config(vars(args), model=model)
+    channels = data_config['input_size'][0]
+    for name in ('mean', 'std'):
+        values = data_config[name]
+        if len(values) != channels:
+            data_config[name] = (sum(values) / len(values),) * channels
+    return data_config
 
 
 def create_autocast(args: argparse.Namespace, device: torch.device) -> Callable:
@@ -291,74 +316,83 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
     Raises:
         UsageError: If the arguments, the data and the run folder do not fit together.
     """
-    world = copy.copy(args)
-    device = utils.init_distributed_device(world)
-    rank, world_size = world.rank, world.world_size
-    train_part, eval_part, names = create_parts(args)
-    eval_part.indices = eval_part.indices[rank::world_size]
-    args.num_classes = args.num_classes or (len(names) if names else None)
-    checkpoint = open_run(args, rank)
-    folder = run_folder(args)
-    if device.type == 'cuda':
-        torch.set_float32_matmul_precision('high')
-        torch.backends.cudnn.benchmark = True
-    elif rank == 0:
-        warn_of_emulation(args)
+    with explained():
+        world = copy.copy(args)
+        device = utils.init_distributed_device(world)
+        rank, world_size = world.rank, world.world_size
+        train_part, eval_part, names = create_parts(args)
+        if names is not None and (len(names) < 2 or '' in names):
+            raise UsageError(f'{args.data_dir}: the split {args.train_split!r} must have a folder of images for each of '
+                             f'several classes, and has {", ".join(filter(None, names)) or "none"}')
+        eval_part.indices = eval_part.indices[rank::world_size]
+        args.num_classes = args.num_classes or (len(names) if names else None)
+        checkpoint = open_run(args, rank)
+        folder = run_folder(args)
+        if device.type == 'cuda':
+            torch.set_float32_matmul_precision('high')
+            torch.backends.cudnn.benchmark = True
+        elif rank == 0:
+            warn_of_emulation(args)
 
-    utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
-    model = create_model(args)
-    if names and len(names) > model.num_classes:
-        raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
-    data_config = resolve_data_config(vars(args), model=model)
-    description = describe(model, data_config['input_size']) if rank == 0 else ''
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    train_loader = create_batches(train_part, args, data_config, device, True, rank, world_size)
-    eval_loader = create_batches(eval_part, args, data_config, device)
-    if not len(train_loader):
-        raise UsageError(f'{len(train_part)} training images do not fill a batch: choose a smaller --batch-size')
+        utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
+        model = create_model(args)
+        if names and len(names) > model.num_classes:
+            raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
+        data_config = create_data_config(args, model)
+        description = describe(model, data_config['input_size']) if rank == 0 else ''
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        model.to(device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        train_loader = create_batches(train_part, args, data_config, device, True, rank, world_size)
+        eval_loader = create_batches(eval_part, args, data_config, device)
+        if not len(train_loader):
+            raise UsageError(f'{len(train_part)} training images do not fill a batch: choose a smaller --batch-size')
 
-    setup, epochs = create_setup(args, model, len(train_loader), device, rank, world_size)
-    saver = Saver(
-        model,
-        setup.optimizer,
-        args,
-        model_ema=setup.ema,
-        amp_scaler=setup.scaler if setup.scaler.enabled else None,
-        checkpoint_dir=str(folder),
-        max_history=args.checkpoint_hist,
-    )
-    start = 0
-    if checkpoint:
-        start = resume_checkpoint(model, checkpoint, setup.optimizer, setup.scaler, log_info=False)
-        if setup.ema is not None:
-            load_checkpoint(setup.ema.module, checkpoint, use_ema=True)
-    result = setup.ema.module if setup.ema is not None else model
-    if args.torchcompile:
-        setup.forward = torch.compile(model, backend=args.torchcompile)
-    evaluated = setup.forward if setup.ema is None else result
-    if world_size > 1:
-        setup.forward = DistributedDataParallel(
-            setup.forward, device_ids=[device] if device.type == 'cuda' else None)
+        setup, epochs = create_setup(args, model, len(train_loader), device, rank, world_size)
+        saver = Saver(
+            model,
+            setup.optimizer,
+            args,
+            model_ema=setup.ema,
+            amp_scaler=setup.scaler if setup.scaler.enabled else None,
+            checkpoint_dir=str(folder),
+            max_history=args.checkpoint_hist,
+        )
+        start = 0
+        if checkpoint:
+            start = resume_checkpoint(model, checkpoint, setup.optimizer, setup.scaler, log_info=False)
+            if setup.ema is not None:
+                load_checkpoint(setup.ema.module, checkpoint, use_ema=True)
+        result = setup.ema.module if setup.ema is not None else model
+        if args.torchcompile:
+            setup.forward = torch.compile(model, backend=args.torchcompile)
+        evaluated = setup.forward if setup.ema is None else result
+        if world_size > 1:
+            setup.forward = DistributedDataParallel(
+                setup.forward, device_ids=[device] if device.type == 'cuda' else None)
 
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        source = Path(checkpoint).parent if checkpoint else folder
-        if (source / 'summary.csv').is_file() and not source.samefile(folder):
-            shutil.copy(source / 'summary.csv', folder)
-        utils.trim_summary(folder / 'summary.csv', start)
-        if checkpoint and source.samefile(folder):
-            saver.load_state_dict_from_checkpoint(checkpoint)
-        else:
-            (folder / 'args.yaml').write_text(yaml.safe_dump(recorded(args), sort_keys=False))
-            (folder / 'model.txt').write_text(description)
-        record = folder / (f'environment-{start}.json' if start else 'environment.json')
-        record.write_text(json.dumps(environment(args, argv), indent=2) + '\n')
-        _logger.info(f'{folder}: {description.splitlines()[0]}, {len(train_part):,} training images' + (
-            f', continues after epoch {start}' if start else ''))
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            source = Path(checkpoint).parent if checkpoint else folder
+            if checkpoint and not source.samefile(folder):  # so that the new run, too, can be continued from the first moment
+                shutil.copy(checkpoint, folder / 'last.pth.tar')
+                if (source / 'summary.csv').is_file():
+                    shutil.copy(source / 'summary.csv', folder)
+            utils.trim_summary(folder / 'summary.csv', start)
+            if checkpoint and source.samefile(folder):
+                saver.load_state_dict_from_checkpoint(checkpoint)
+            else:
+                (folder / 'args.yaml').write_text(yaml.safe_dump(recorded(args), sort_keys=False))
+                (folder / 'model.txt').write_text(description)
+                if args.config:
+                    (folder / 'recipe.yaml').write_text(find_recipe(args.config).read_text())
+            if start < epochs:
+                record = folder / (f'environment-{start}.json' if start else 'environment.json')
+                record.write_text(json.dumps(environment(args, argv), indent=2) + '\n')
+            _logger.info(f'{folder}: {description.splitlines()[0]}, {len(train_part):,} training images' + (
+                f', continues after epoch {start}' if start else ''))
 
     try:
         for epoch in range(start, epochs):
@@ -399,14 +433,18 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
 def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
     """Evaluate the model folder of a finished run, on the images that the run was evaluated on."""
     folder = Path(args.evaluate) / 'model'
-    if not folder.is_dir():
+    if not (folder / 'config.json').is_file():
         raise UsageError(f'{args.evaluate} is not finished: -c {args.evaluate}/args.yaml --resume auto continues it')
-    device = torch.device(args.device)
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    _, part, _ = create_parts(args)
-    loader = create_batches(part, args, resolve_data_config(vars(args), model=model), device)
+    with explained():
+        device = torch.device(args.device)
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        _, part, names = create_parts(args)
+        known = model.pretrained_cfg.get('label_names')
+        if known and names and list(known) != list(names):
+            raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
+        loader = create_batches(part, args, create_data_config(args, model), device)
     metrics = evaluate(model, loader, create_autocast(args, device), args.channels_last)
     print_result({**metrics, 'epoch': int(read_summary(folder.parent)[-1]['epoch'])})
     return metrics
@@ -436,8 +474,9 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
     except KeyboardInterrupt:
         record = run_folder(args) / 'args.yaml'
         raise SystemExit(
-            f'interrupted; continue with: convnn-timm train -c {record} --resume auto' if record.is_file() else
-            'interrupted before the run began')
+            f'interrupted; continue with: convnn-timm train -c {shlex.quote(str(record))} --resume auto'
+            if record.is_file() and not args.evaluate else
+            'interrupted')
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-__all__ = ['UsageError', 'build_parser', 'parse_args', 'recipe_names']
+__all__ = ['UsageError', 'build_parser', 'find_recipe', 'parse_args', 'recipe_names']
 
 EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
 
@@ -80,6 +80,9 @@ HELP = dict(
 )
 SHORT = dict(batch_size='-b', validation_batch_size='-vb', workers='-j')
 COUNT = dict(input_size=3, model_kwargs='*', convert='+', opt_kwargs='*', torchcompile='?')
+COUNTS = (
+    'batch_size', 'checkpoint_hist', 'crop_padding', 'epochs', 'grad_accum_steps', 'holdout', 'log_interval', 'seed',
+    'validation_batch_size', 'workers')
 # Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
 
@@ -130,20 +133,45 @@ def recipe_names() -> List[str]:
     return sorted(path.name.removesuffix('.yaml') for path in folder.iterdir() if path.name.endswith('.yaml'))
 
 
-def read_recipe(name: str, known: Sequence[str]) -> Dict[str, Any]:
-    """Read the recipe in the file ``name``, else the package's of that name; its keys must be among ``known``."""
+def find_recipe(name: str) -> Path:
+    """The file ``name``, else the package's recipe of that name."""
     path = Path(name)
     if not path.is_file() and name.removesuffix('.yaml') in recipe_names():
         path = importlib.resources.files(__package__) / 'recipes' / (name.removesuffix('.yaml') + '.yaml')
     if not path.is_file():
         raise UsageError(f'no recipe {name!r}: neither a file nor one of {", ".join(recipe_names())}')
-    recipe = yaml.safe_load(path.read_text())
+    return path
+
+
+def read_recipe(name: str, known: Sequence[str]) -> Dict[str, Any]:
+    """Read a recipe; its keys must be among ``known``."""
+    try:
+        recipe = yaml.safe_load(find_recipe(name).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f'recipe {name}: {" ".join(str(error).split())}') from error
     if not isinstance(recipe, dict):
         raise UsageError(f'recipe {name}: expected lines "argument: value"')
-    for key in sorted(set(recipe) - set(known) - TIMM_ONLY):
+    for key in sorted(map(str, set(recipe) - set(known) - TIMM_ONLY)):
         close = difflib.get_close_matches(key, known, 1)
         raise UsageError(f'recipe {name}: unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ''))
+    for key in recipe:
+        check_type(f'recipe {name}', key, recipe[key])
     return {key: value for key, value in recipe.items() if key in known}
+
+
+def check_type(source: str, key: str, value: Any) -> None:
+    """What the parser makes of a text it also makes of a recipe's; the rest must have the right type already."""
+    default = next((arguments[key] for arguments in ARGUMENTS.values() if key in arguments), None)
+    kind = default if isinstance(default, type) else type(default)
+    fits = {
+        bool: isinstance(value, bool), dict: isinstance(value, dict), list: isinstance(value, list),
+        int: isinstance(value, (int, str)), float: isinstance(value, (int, float, str)),
+    }.get(kind, not isinstance(value, (dict, list)))
+    if kind in (int, float) and isinstance(value, bool):
+        fits = False
+    if default is not None and value is not None and not fits:
+        words = {bool: 'true or false', dict: 'names with values', list: 'a list', int: 'an integer', float: 'a number'}
+        raise UsageError(f'{source}: {key} must be {words.get(kind, "text")}, not {value!r}')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -154,9 +182,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     first.add_argument('--evaluate', default='')
     given, _ = first.parse_known_args(argv)
     recipe = given.config or (os.path.join(given.evaluate, 'args.yaml') if given.evaluate else '')
+    if given.evaluate and not os.path.isfile(os.path.join(given.evaluate, 'args.yaml')):
+        raise UsageError(f'{given.evaluate} is no run folder: it has no args.yaml')
     if recipe:
         parser.set_defaults(**read_recipe(recipe, list(vars(parser.parse_args([])))))
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:
+        parser.error(f'--model-kwargs, --opt-kwargs and --convert take KEY=VALUE ... ({error})')
     args.data_dir = args.data or args.data_dir
     if not args.data_dir:
         parser.error('which images? --data-dir DIR, a folder with train/<class>/ and validation/<class>/ in it')
@@ -164,6 +197,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error(f'--device {args.device}: there is none here; try --device cpu')
     if args.sched == 'plateau':
         parser.error('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
+    for name in COUNTS:
+        least = 0 if name in ('holdout', 'seed', 'workers', 'crop_padding') else 1
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {getattr(args, name)}')
     if args.amp_dtype not in ('float16', 'bfloat16'):
         parser.error(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16')
     return args

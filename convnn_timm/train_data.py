@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import transforms
 
+from .images import image_mode, read_image
 from .train_args import UsageError
 
 __all__ = ['MemoryBatches', 'Part', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
@@ -33,7 +35,13 @@ class Part(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, i: int) -> Tuple[Any, int]:
-        image, target = self.dataset[self.indices[i]]
+        if isinstance(getattr(self.dataset, 'reader', None), ReaderImageFolder):
+            # Not timm's way, which takes the next image for one that it cannot read: one of other images, or twice.
+            file, target = self.dataset.reader[self.indices[i]]
+            with file:
+                image = read_image(file, self.dataset.input_img_mode)
+        else:
+            image, target = self.dataset[self.indices[i]]
         return self.transform(image), target
 
 
@@ -47,12 +55,19 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
         return Part(train_set, sorted(set(everything) - set(held_out))), Part(train_set, held_out), names
     eval_set = open_split(args, args.val_split)
     if class_names(eval_set) != names:
-        raise UsageError(f'the splits {args.train_split!r} and {args.val_split!r} have different classes')
+        here, there = set(names or ()), set(class_names(eval_set) or ())
+        raise UsageError('\n'.join([
+            f'the splits {args.train_split!r} and {args.val_split!r} have different classes:',
+            *(f'  only in {split}: {", ".join(sorted(only))}'
+              for split, only in ((args.train_split, here - there), (args.val_split, there - here)) if only)]))
     return Part(train_set, everything), Part(eval_set, range(len(eval_set))), names
 
 
 def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
     """Open one split of the data."""
+    if args.dataset and '/' not in args.dataset:
+        raise UsageError(f'--dataset {args.dataset}: name it with its source, e.g. torch/{args.dataset}; for folders of '
+                         'images leave it out')
     if not args.dataset and not os.path.isdir(args.data_dir):
         raise UsageError(f'there is no folder {args.data_dir}')
     dataset = create_dataset(
@@ -60,7 +75,7 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
         root=args.data_dir,
         split=split,
         download=args.dataset_download,
-        input_img_mode='L' if args.input_size and args.input_size[0] == 1 else 'RGB',
+        input_img_mode=image_mode(args.input_size[0] if args.input_size else 3),
     )
     # Where a folder lacks the split, timm opens all of it, training and test images together.
     if not args.dataset and os.path.samefile(dataset.reader.root, args.data_dir):

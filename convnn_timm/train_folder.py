@@ -1,6 +1,7 @@
 """ The run folder: what is in it besides the model, and whether a run may go on in it. """
 import argparse
 import csv
+import json
 import os
 import platform
 import subprocess
@@ -20,10 +21,12 @@ from .train_args import UsageError
 __all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder']
 
 # Arguments that may differ between a run and its continuation, and those that do not belong to the run.
-FREE_ON_RESUME = {'checkpoint_hist', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
+FREE_ON_RESUME = {
+    'checkpoint_hist', 'data_dir', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
 NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
 # What a run leaves that is killed before its first checkpoint.
-FIRST_EPOCH = {'args.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
+FIRST_EPOCH = {
+    'args.yaml', 'recipe.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
 
 
 class Saver(utils.CheckpointSaver):
@@ -69,7 +72,10 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     saved = utils.load_checkpoint_metadata(checkpoint)
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
-    before, now = ({'convert': {}, **arguments} for arguments in (vars(saved['args']), recorded(args)))
+    # As in args.yaml, where a tuple is a list.
+    before, now = (
+        {'convert': {}, **json.loads(json.dumps(arguments, default=str))}
+        for arguments in (vars(saved['args']), recorded(args)))
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
     if changed:
         raise UsageError('\n'.join([
@@ -94,7 +100,10 @@ def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]
     cpuinfo = Path('/proc/cpuinfo')
     cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
     on_gpu = torch.device(args.device).type == 'cuda'
-    words = [word if word == args.data_dir or not os.path.isabs(word) else Path(word).name for word in argv]
+    words = []
+    for word in argv:
+        flag, equals, value = word.rpartition('=') if word.startswith('--') else ('', '', word)
+        words.append(word if value == args.data_dir or not os.path.isabs(value) else flag + equals + Path(value).name)
     return dict(
         command=' '.join(['convnn-timm train', *words]),
         started=f'{datetime.now():%Y-%m-%d %H:%M}',

@@ -1,11 +1,13 @@
 """The trainer: what it trains on, what it leaves behind, and that nothing it says depends on luck."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -233,7 +235,8 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
 
 def test_recipes_of_the_package():
     assert recipe_names() == ['cifar10', 'digits', 'imagenet', 'paper_vgg11']
-    assert parse_args(['-c', 'cifar10', 'x']) == parse_args(['-c', 'cifar10.yaml', 'x', '-c', 'cifar10'])
+    short, long = (vars(parse_args(['-c', name, 'x'])) for name in ('cifar10', 'cifar10.yaml'))
+    assert {**short, 'config': ''} == {**long, 'config': ''}
     for name in recipe_names():
         args = parse_args(['-c', name, 'x'])
         kwargs = {**args.model_kwargs, 'device': 'meta', 'drop_rate': args.drop}
@@ -244,6 +247,12 @@ def test_recipes_of_the_package():
     ('epocs: 3', "unknown key 'epocs', did you mean 'epochs'?"),
     ('colour: red', "unknown key 'colour'"),
     ('- epochs', 'expected lines'),
+    ('epochs: [', 'expected the node content'),
+    ("amp: 'false'", "amp must be true or false, not 'false'"),
+    ('epochs: 1.5', 'epochs must be an integer, not 1.5'),
+    ('lr: [0.1]', 'lr must be a number, not [0.1]'),
+    ('scale: 0.08', 'scale must be a list, not 0.08'),
+    ('model_kwargs: K=5', "model_kwargs must be names with values, not 'K=5'"),
 ])
 def test_wrong_recipe(tmp_path, text, message):
     (tmp_path / 'wrong.yaml').write_text(text)
@@ -259,6 +268,12 @@ def test_wrong_recipe(tmp_path, text, message):
     (['x', '--sched', 'plateau'], 'plateau is not supported'),
     (['x', '--amp-dtype', 'float8'], 'float16 or bfloat16'),
     (['/nowhere'], 'there is no folder /nowhere'),
+    (['x', '--epochs', '0'], '--epochs must be 1 or more, got 0'),
+    (['x', '--workers', '-1'], '--workers must be 0 or more, got -1'),
+    (['x', '--grad-accum-steps', '-1'], '--grad-accum-steps must be 1 or more'),
+    (['x', '--model-kwargs', 'foo'], 'take KEY=VALUE'),
+    (['x', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
+    (['--evaluate', 'nowhere', 'x'], 'nowhere is no run folder: it has no args.yaml'),
 ])
 def test_wrong_command_line(argv, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -280,6 +295,74 @@ def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path):
 def test_wrong_model(flags, tmp_path, argv, message):
     with pytest.raises(SystemExit, match=message):
         main([*flags, *argv, '--output', str(tmp_path)])
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--opt', 'bogus'], 'bogus'), (['--sched', 'bogus'], 'bogus'), (['--aa', 'bogus'], 'bogus'), (['--lr', '-1'], 'lr|rate'),
+    (['--device', 'tpu'], 'tpu'), (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+    (['--model', 'resnet18_convnn', '--model-kwargs', 'K=500'], 'K=500 neighbours need as many tokens'),
+    (['--output', __file__], 'Not a directory'), (['--input-size', '2', '16', '16'], 'image files have 1'),
+])
+def test_what_goes_wrong_before_the_first_epoch_is_said_in_a_line(flags, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        main([*flags, '--output', str(tmp_path / 'out'), *argv])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def copied(images, folder):
+    shutil.copytree(images, folder)
+    return folder
+
+
+def test_an_unreadable_image_is_not_replaced_by_another(flags, images, tmp_path, capsys):
+    data = copied(images, tmp_path / 'data')
+    bad = data / 'validation' / 'cat' / '3.png'
+    bad.write_text('not an image')
+    with pytest.raises(SystemExit, match=f'{bad}: not an image'):
+        main([*flags, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+
+
+def test_classes_that_differ_are_named(flags, images, tmp_path):
+    data = copied(images, tmp_path / 'data')
+    (data / 'validation' / 'cat').rename(data / 'validation' / 'Cat')
+    with pytest.raises(SystemExit, match=r'(?s)different classes:.*only in train: cat.*only in validation: Cat'):
+        main([*flags, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+    for split in 'train', 'validation':
+        for name in 'Cat', 'cat', 'dog':
+            shutil.rmtree(data / split / name, ignore_errors=True)
+    with pytest.raises(SystemExit, match='several classes, and has bee'):
+        main([*flags, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+
+
+def test_a_run_is_evaluated_on_its_own_classes_only(run, images, tmp_path):
+    data = copied(images, tmp_path / 'data')
+    for split in 'train', 'validation':
+        (data / split / 'dog').rename(data / split / 'zebra')
+    with pytest.raises(SystemExit, match='the model tells bee, cat, dog apart, the data has bee, cat, zebra'):
+        main(['--evaluate', str(run), '--data-dir', str(data)])
+
+
+def test_grey_images(flags, tmp_path, capsys):
+    folder = main([*flags, '--input-size', '1', '16', '16', '--epochs', '1', '--output', str(tmp_path)])
+    trained = printed_result(capsys)
+    main(['--evaluate', str(folder)])
+    assert printed_result(capsys) == trained
+    config = json.loads((folder / 'model' / 'config.json').read_text())['pretrained_cfg']
+    assert config['input_size'] == [1, 16, 16] and len(config['mean']) == len(config['std']) == 1
+
+
+def test_clip_grad_0_clips_nothing(flags, tmp_path):
+    ends = [
+        main([*flags, *extra, '--epochs', '1', '--output', str(tmp_path), '--experiment', f'run{len(extra)}'])
+        for extra in ([], ['--clip-grad', '0'])]
+    assert equal(*(weights(end)['state_dict'] for end in ends))
+
+
+def test_the_recipe_stays_with_the_run(flags, tmp_path):
+    recipe = tmp_path / 'mine.yaml'
+    recipe.write_text('smoothing: 0.0  # mine\n')
+    folder = main(['-c', str(recipe), *flags, '--epochs', '1', '--output', str(tmp_path)])
+    assert (folder / 'recipe.yaml').read_text() == recipe.read_text()
 
 
 def test_too_few_classes_and_images(flags, tmp_path):
@@ -460,6 +543,25 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, call, epoc
     columns = [
         [row.split(',')[0::4] for row in (folder / 'summary.csv').read_text().split()] for folder in (whole, resumed)]
     assert columns[0] == columns[1]
+
+
+def test_a_tuple_among_the_arguments_does_not_keep_a_run_from_going_on(flags, tmp_path):
+    flags = [*flags, '--model', 'resnet18_convnn', '--model-kwargs', 'channels=(8,8,8,8)', 'K=3', '--output', str(tmp_path)]
+    folder = main([*flags, '--epochs', '1', '--experiment', 'run'])
+    main(['-c', str(folder / 'args.yaml'), '--resume', 'auto'])
+    assert not (folder / 'environment-1.json').exists()  # nothing was trained
+
+
+def test_a_run_resumed_elsewhere_goes_on_there(flags, run, tmp_path, monkeypatch):
+    flags = [*flags, '--epochs', '4', '--output', str(tmp_path), '--experiment', 'on']
+    saved = torch.load(run / 'last.pth.tar', weights_only=False)
+    saved['args'].epochs = 4
+    torch.save(saved, tmp_path / 'last.pth.tar')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'train_one_epoch', Mock(side_effect=KeyboardInterrupt))
+        train.train(parse_args([*flags, '--resume', str(tmp_path / 'last.pth.tar')]))
+    folder = main([*flags, '--resume', 'auto'])
+    assert weights(folder)['epoch'] == 3
 
 
 def test_sigterm_leaves_a_run_that_can_go_on(flags, tmp_path):
