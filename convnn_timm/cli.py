@@ -631,7 +631,8 @@ def find_images(paths: List[str]) -> Iterator[Path]:
 
     for path in map(Path, paths):
         if path.is_dir():
-            images = sorted(p for p in path.rglob('*') if is_img_extension(p.suffix.lower()) and p.is_file())
+            files = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+            images = sorted(file for file in files if is_img_extension(file.suffix.lower()) and file.is_file())
             yield from images or [path]  # an empty folder is reported where it is read
         else:
             yield path

@@ -149,6 +149,24 @@ def test_predict_any_image(capsys, model_folder, tmp_path, mode, size):
     assert (status, err) == (0, '') and len(out.splitlines()) == 4
 
 
+def test_images_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[:3]).save(tmp_path / 'lying.png', exif=exif)
+    assert cli.read_image(tmp_path / 'lying.png').size == (3, 4)
+
+
+def test_numbers_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / 'float.tiff')
+    with pytest.raises(cli.CommandError, match='float.tiff: its pixels have 32 bits, of unknown range'):
+        cli.read_image(tmp_path / 'float.tiff')
+
+
+def test_linked_folders_are_read(tmp_path, photo):
+    (tmp_path / 'linked').symlink_to(photo.parent)
+    assert [path.name for path in cli.find_images([str(tmp_path)])].count(photo.name) >= 1
+
+
 def test_16_bits_are_scaled(tmp_path):
     path = tmp_path / 'deep.png'
     Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(path)

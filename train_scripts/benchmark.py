@@ -395,8 +395,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(report)
     if args.output:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / args.output).with_suffix('.md').write_text(report)
-        write_csv((RESULTS / args.output).with_suffix('.csv'), tables)
+        (RESULTS / f'{args.output}.md').write_text(report)
+        write_csv(RESULTS / f'{args.output}.csv', tables)
 
 
 if __name__ == '__main__':
