@@ -81,7 +81,8 @@ class Record:
     """What a run recorded: its arguments, the rows of its summary, its environments, those of resumed parts last."""
 
     def __init__(self, folder: Path):
-        files = [folder / 'environment.json', *sorted(folder.glob('environment-*.json'))]
+        later = sorted(folder.glob('environment-*.json'), key=lambda file: int(file.stem.partition('-')[2]))
+        files = [folder / 'environment.json', *later]
         self.args = yaml.safe_load((folder / 'args.yaml').read_text())
         self.summary = read_summary(folder)
         self.environments = [json.loads(file.read_text()) for file in files]
@@ -345,8 +346,10 @@ def training(card: Card) -> str:
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
     rows = '\n'.join(f'| {key} | {args[key]} |' for key in SHOWN if args.get(key) not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
-    commit = f' at commit {environment["commit"]}' if environment['commit'] else ''
-    changes = ', with uncommitted changes' if environment['uncommitted_changes'] else ''
+    commits = dict.fromkeys(
+        e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
+        for e in card.run.environments if e['commit'])
+    commit = f' at commit {", then ".join(commits)}' if commits else ''
     return f"""## Training
 
 {on}. All arguments are in training/args.yaml, the epochs in training/summary.csv and training/curve.png.
@@ -356,7 +359,7 @@ def training(card: Card) -> str:
 {rows}
 
 - **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training
-- **Software:** {versions}{commit}{changes}
+- **Software:** {versions}{commit}
 - **Command:** `{environment["command"]}`"""
 
 

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -38,12 +38,13 @@ from timm.data import create_transform, resolve_data_config
 
 import convnn_timm.models  # noqa: F401, registers the models
 from .card import PLACES, Record, build_model, machine_name, read_config, write_card
+from .images import image_mode
 from .models import _weights
 from .models._weights import (
-    HUB_FAILURES, WEIGHTS, WeightsError, check_file, explain, find_entry, local_file, manifest_revision, namespace,
-    read_manifest, sha256, split_revision)
+    FORMATS, HUB_FAILURES, WEIGHTS, WeightsError, check_file, explain, find_entry, local_file, manifest_revision,
+    namespace, read_manifest, sha256, split_revision)
 from .train import evaluate
-from .train_args import UsageError, parse_args, recipe_names
+from .train_args import UsageError, parse_args
 from .train_data import create_batches, create_parts
 from .train_folder import environment, read_summary
 
@@ -238,13 +239,9 @@ def copy_record(run: Path, folder: Path) -> None:
         for path in sorted(absolute, key=len, reverse=True):
             text = text.replace(path, Path(path).name)
         (folder / file.name).write_text(text)
-    for name in ('summary.csv', 'curve.png'):
-        shutil.copy(run / name, folder)
-    command = json.loads((run / 'environment.json').read_text())['command'].split()
-    named = [word for flag, word in zip(command, command[1:]) if flag in ('-c', '--config')]
-    for recipe in named:
-        if (stem := recipe.removesuffix('.yaml')) in recipe_names():
-            shutil.copy(Path(__file__).parent / 'recipes' / f'{stem}.yaml', folder / 'recipe.yaml')
+    for name in ('summary.csv', 'curve.png', 'recipe.yaml'):
+        if (run / name).is_file():
+            shutil.copy(run / name, folder)
 
 
 def write_golden(folder: Path) -> None:
@@ -255,7 +252,7 @@ def write_golden(folder: Path) -> None:
     size = tuple(config['pretrained_cfg']['input_size'])
     data_config = resolve_data_config(pretrained_cfg=config['pretrained_cfg'])
     transform = create_transform(**data_config, is_training=False)
-    mode = 'L' if size[0] == 1 else 'RGB'
+    mode = image_mode(size[0])
     photographs = [Image.fromarray(load_sample_image(name)).convert(mode) for name in PHOTOGRAPHS]
     noise = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
     inputs = torch.stack([torch.from_numpy(noise), *map(transform, photographs)])
@@ -350,7 +347,7 @@ def verify(what: str) -> Tuple[Path, Optional[Dict[str, Any]], List[str]]:
     entries = read_manifest()
     if Path(what).is_dir():
         folder = Path(what)
-        entry = entries.get(folder.resolve().name)
+        entry = entries.get(own_name(folder))
     else:
         entry, repo, revision = resolve(what)
         local = local_file(what) if what in entries else None
@@ -363,11 +360,11 @@ def resolve(what: str) -> Tuple[Optional[Dict[str, Any]], str, Optional[str]]:
     entries = read_manifest()
     if entry := entries.get(what):
         return entry, _weights.hub_id(entry), manifest_revision(entry)
-    repo, revision = split_revision(what)
+    repo, revision = split_revision(what.removeprefix('hf-hub:'))
     if repo.count('/') != 1:
         known = ', '.join(entries) or 'none yet'
         raise WeightsError(f'{what} is no published weight ({known}), no folder, and no repository OWNER/NAME')
-    return find_entry(what), repo, revision
+    return find_entry(what.removeprefix('hf-hub:')), repo, revision
 
 
 def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None) -> Path:
@@ -459,13 +456,14 @@ def push(
         WeightsError: No token, no right to write, damaged files, or the Hub failed.
     """
     owner = owner or namespace()
-    name = folder.resolve().name
+    name = own_name(folder)
     repo = f'{owner}/{name}'
     check_access(owner)  # before any file is read
     entry = read_manifest().get(name)
     if entry is None:
         raise WeightsError(f'{name} is not in the manifest: make its folder with convnn-timm export')
-    if problems := check_folder(folder, entry):
+    problems = [f'{folder / path} is not a file that export writes: move it away' for path in strangers(folder)]
+    if problems := problems or check_folder(folder, entry):
         raise WeightsError('\n'.join(['nothing was sent:', *problems]))
 
     api = HfApi()
@@ -505,7 +503,7 @@ def check_access(owner: str) -> None:
 
 
 def changes(api: HfApi, repo: str, revision: Optional[str], folder: Path) -> Iterator[Any]:
-    """What makes the repository equal to the folder."""
+    """What brings the folder's files to the repository."""
     remote = {
         file.path: file.lfs.sha256 if file.lfs else file.blob_id
         for file in api.list_repo_tree(repo, recursive=True, revision=revision) if hasattr(file, 'blob_id')}
@@ -515,8 +513,27 @@ def changes(api: HfApi, repo: str, revision: Optional[str], folder: Path) -> Ite
         oids = hashlib.sha256(content).hexdigest(), hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
         if remote.get(path) not in oids:
             yield CommitOperationAdd(path, file)
-    for path in remote.keys() - local.keys() - {'.gitattributes'}:
-        yield CommitOperationDelete(path)
+    for path in sorted(remote.keys() - local.keys()):  # what others added stays, but for weights that these replace
+        if is_exported(path) or PurePosixPath(path).suffix in FORMATS:
+            yield CommitOperationDelete(path)
+
+
+def is_exported(path: str) -> bool:
+    """Whether `export` writes a file of that name, relative to the folder."""
+    file = PurePosixPath(path)
+    if file.parts[0] == 'training':
+        return file.suffix in ('.csv', '.json', '.png', '.yaml') and not any(p.startswith('.') for p in file.parts)
+    return path in (CONFIG, GOLDEN, WEIGHTS, 'README.md')
+
+
+def strangers(folder: Path) -> List[str]:
+    """What else is in the folder: nobody meant to publish that."""
+    return [path for path, file in files_of(folder).items() if not is_exported(path) or file.is_symlink()]
+
+
+def own_name(folder: Path) -> str:
+    """The name of a folder, or of the link to it, that was given."""
+    return Path(os.path.abspath(folder)).name
 
 
 def files_of(folder: Path) -> Dict[str, Path]:
@@ -526,7 +543,7 @@ def files_of(folder: Path) -> Dict[str, Path]:
 def check_remote(repo: str, commit: str, folder: Path, entry: Dict[str, Any]) -> None:
     """Download what was pushed, compare each file, and compute the golden logits with it."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = fetch(repo, commit, Path(scratch) / folder.resolve().name)
+        copy = fetch(repo, commit, Path(scratch) / own_name(folder))
         _, different, absent = filecmp.cmpfiles(folder, copy, files_of(folder), shallow=False)
         problems = [f'{path} differs from the file that was sent' for path in different + absent]
         problems += check_folder(copy, entry)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save
 
 from convnn_timm import cli, hub
+from convnn_timm.card import write_card
 from convnn_timm.models import _weights
 from convnn_timm.train import main as train
 
@@ -108,7 +109,22 @@ def test_the_manifest_and_the_folders_name_the_same_weights():
     assert sum((folder / 'model.safetensors').stat().st_size for folder in SHIPPED.values()) < 120e6
 
 
-@pytest.mark.parametrize('name', SHIPPED)  # none, and skipped, as long as no weights are published
+@pytest.mark.parametrize('name', SHIPPED)
+def test_a_shipped_card_and_line_of_the_manifest_are_those_of_the_files(name, tmp_path):
+    folder = shutil.copytree(SHIPPED[name], tmp_path / name)
+    write_card(folder, name)
+    assert (folder / 'README.md').read_text() == (SHIPPED[name] / 'README.md').read_text()
+    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
+    config = json.loads((folder / 'config.json').read_text())
+    measured = json.loads((folder / 'training' / 'evaluation.json').read_text())
+    measured = measured[measured['stored']]
+    assert entry['model_args'] == config['model_args']
+    assert entry['pretrained_cfg'].items() <= {**config['pretrained_cfg'], **config}.items()
+    assert (entry['top1'], entry['top5']) == (round(measured['top1'], 4), round(measured['top5'], 4))
+    assert entry['commit'] == json.loads((folder / 'training' / 'environment.json').read_text())['commit']
+
+
+@pytest.mark.parametrize('name', SHIPPED)
 def test_a_shipped_weight_is_whole(name):
     entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
     assert hub.check_folder(SHIPPED[name], entry) == []

@@ -11,6 +11,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hub_server import Hub
 from test_card import NAME, publish
@@ -191,11 +192,12 @@ save_for_hf(model, 'converted', safe_serialization=True)
 
 
 def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on_the_hub):
-    on_the_hub.add_repository(PROJECT, {**files_of(session.folder), 'pytorch_model.bin': b'old', 'README.md': b'old'})
+    old = {'pytorch_model.bin': b'old', 'README.md': b'old', 'training/old.csv': b'old', 'notes.md': b'of others'}
+    on_the_hub.add_repository(PROJECT, {**files_of(session.folder), **old})
     done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
     assert 'pushed, verified' in done.out and 'status 0' in done.out, done.err
     files = on_the_hub.files(PROJECT)
-    assert 'pytorch_model.bin' not in files and files['README.md'] == (session.folder / 'README.md').read_bytes()
+    assert files.keys() - files_of(session.folder).keys() == {'notes.md'} and files['README.md'] == (session.folder / 'README.md').read_bytes()
     assert not posted(on_the_hub, 'PUT')
 
 
@@ -238,6 +240,15 @@ run('push')
     assert set(hub.log) == {'GET /api/whoami-v2'}
 
 
+def test_push_publishes_nothing_that_export_did_not_write(session, hub):
+    (session.folder / '.env').write_text('TOKEN=secret')
+    (session.folder / 'training' / 'link.csv').symlink_to('/etc/hostname')
+    done = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    assert done.lines == ['status 1'] and 'nothing was sent' in done.err
+    assert f'{session.folder}/.env is not a file that export writes' in done.err and 'link.csv' in done.err
+    assert PROJECT not in hub.repositories
+
+
 @pytest.mark.parametrize('method, path, fault, times, message', [
     ('POST', '/api/repos/create', 403, 1, f'the Hub does not let you do that with {PROJECT} (403)'),
     ('POST', '/commit/', 500, 1, 'is out of order: it answered 500'),
@@ -245,7 +256,9 @@ run('push')
     ('POST', '/commit/', 'cut', 1, 'broke off'),
     ('PUT', '/lfs/', 'cut', 99, 'broke off'),
     ('PUT', '/lfs/', 403, 1, 'the Hub does not let you do that'),
-    ('GET', '/tree/', 404, 1, PROJECT),
+    ('GET', '/tree/', 404, 1, f'refused what was asked of {PROJECT}: it answered 404'),
+    ('POST', '/commit/', 409, 1, f'refused what was asked of {PROJECT}: it answered 409'),
+    ('POST', '/commit/', 429, 1, f'answers no more requests for now (429), asked for {PROJECT}'),
     ('GET', '/lfs/', 'flip', 1, 'is not what was sent, and is not recorded. Push again:'),
 ])
 def test_push_continues_after_a_fault(session, hub, method, path, fault, times, message):
@@ -309,7 +322,7 @@ print(timm.create_model({NAME.split('.')[0]!r}).num_features)
 print(timm.create_model({NAME!r}).num_features, timm.create_model({NAME!r}, channels=(8, 8, 16, 24)).num_features)
 """)
     samples = [line.rpartition(' ')[2] for line in done.lines]
-    assert samples[:3] == ['16', '32', '-1'] and all(line.startswith('loaded') for line in done.lines[:3])
+    assert samples[:3] == ['16', '32', '32'] and all(line.startswith('loaded') for line in done.lines[:3])
     assert done.lines[3].startswith('RuntimeError: No pretrained weights exist for resnet18_convnn')
     assert 'size mismatch' in done.out and '(1, 16, 2, 2)]' in done.lines[-3]
     assert done.lines[-2] == '512'  # without pretrained=True, the architecture as it is
@@ -345,6 +358,28 @@ load({NAME!r})
     assert [line for line in done.lines if line.startswith('loaded')] == [digest] * 3
     assert done.out.count('status 0') == 3 and done.out.count('status 1') == 1 and 'is damaged' in done.err
     assert len(list(session.folder.iterdir())) == 5  # no scratch files beside the repaired one
+
+
+def test_newer_weights_are_not_called_damaged(session, on_the_hub, published):
+    files = files_of(session.folder)
+    other = dict(load_file(session.folder / WEIGHTS))
+    other['fc.bias'] = other['fc.bias'] + 1
+    save_file(other, session.folder / WEIGHTS, metadata={'format': 'pt'})
+    on_the_hub.add_repository(PROJECT, {**files, WEIGHTS: (session.folder / WEIGHTS).read_bytes()})
+    line, = session(f'load({NAME!r})').lines
+    assert 'is whole, but holds other weights' in line and 'update it' in line and 'damaged' not in line
+
+
+def test_a_name_says_that_its_weights_are_not_on_the_hub(session, hub):
+    line, = session(f'load({NAME!r})').lines
+    assert 'The weights of this version are not on the Hub yet' in line and 'CONVNN_TIMM_ZOO' in line
+
+
+def test_a_folder_without_weights(session, hub):
+    (session.folder / WEIGHTS).unlink()
+    (session.folder / 'golden.safetensors').unlink()
+    line, = session(f"load('local-dir:{session.folder}')").lines
+    assert line.startswith('WeightsError') and f'{session.folder} holds no weights ({WEIGHTS})' in line
 
 
 def test_a_repository_that_the_manifest_does_not_know_is_checked_too(session, on_the_hub):

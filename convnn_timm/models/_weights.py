@@ -25,15 +25,16 @@ from safetensors import SafetensorError, safe_open
 from timm.models import resolve_pretrained_cfg
 
 __all__ = [
-    'HUB_FAILURES', 'WEIGHTS', 'WeightsError', 'check_file', 'explain', 'find_entry', 'find_weights', 'hub_id',
-    'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest', 'sha256', 'split_revision',
-    'tagged_names', 'with_tag_arguments']
+    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'WeightsError', 'check_file', 'explain', 'find_entry', 'find_weights',
+    'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest', 'sha256',
+    'split_revision', 'tagged_names', 'with_tag_arguments']
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = PACKAGE / 'manifest.json'
 CHECKOUT_ZOO = PACKAGE.parent / 'model_cards'
 WEIGHTS = 'model.safetensors'
+FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm opens
 
 # What the Hub's client raises when something is wrong outside of this program.
 HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
@@ -138,10 +139,15 @@ def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> 
         WeightsError: It is something else.
     """
     what = f'{file} of {source}' if source else str(file)
+    blob = Path(os.readlink(file)).name if file.is_symlink() else ''
     repair = f'. None of it was used. Fetch it again: convnn-timm pull {source}' if source else ''
-    if not expected and file.is_symlink() and re.fullmatch('[0-9a-f]{64}', name := Path(os.readlink(file)).name):
-        expected = name
+    if not expected and re.fullmatch('[0-9a-f]{64}', blob):
+        expected = blob
     if expected and (found := sha256(file)) != expected:
+        if found == blob:
+            raise WeightsError(
+                f'{what} is whole, but holds other weights (sha256 {found[:12]}…) than this version of convnn_timm knows '
+                f'({expected[:12]}…): update it, or name the commit whose weights you want, hf-hub:OWNER/NAME@COMMIT')
         raise WeightsError(f'{what} is damaged: its sha256 is {found[:12]}…, published is {expected[:12]}…{repair}')
     try:
         with safe_open(file, 'pt'):
@@ -166,10 +172,13 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     Raises:
         WeightsError: The weights cannot be fetched, or are damaged.
     """
+    kwargs = with_tag_arguments(variant, kwargs)
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.state_dict is None and cfg.file:
         file = Path(cfg.file) / WEIGHTS if Path(cfg.file).is_dir() else Path(cfg.file)
+        if not file.parent.is_dir() or not any(path.suffix in FORMATS for path in file.parent.iterdir()):
+            raise WeightsError(f'{cfg.file} holds no weights ({WEIGHTS})')
         if file.suffix == '.safetensors' and file.is_file():
             check_file(file)
         return kwargs
@@ -188,7 +197,11 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         try:
             file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=kwargs.get('cache_dir')))
         except HUB_FAILURES as error:
-            raise WeightsError(explain(error, repo, revision)) from error
+            hint = ''
+            if entry and entry['revision'] is None:
+                hint = '. The weights of this version are not on the Hub yet: use a checkout of the project, or set ' \
+                    'CONVNN_TIMM_ZOO to the model_cards of one'
+            raise WeightsError(explain(error, repo, revision) + hint) from error
     check_file(file, entry and entry['sha256'], source)
     return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
 
@@ -222,10 +235,15 @@ def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> 
         return f'the Hub does not let you do that with {whole} ({status}); for a token that may: {hub}/settings/tokens'
     if status >= 500:
         return f'the Hub ({hub}) is out of order: it answered {status} for {whole}. Try again in a minute'
+    if status == 429:
+        return f'the Hub ({hub}) answers no more requests for now (429), asked for {whole}. Try again in some minutes'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{whole} is not in the cache, and the Hub ({hub}) cannot be reached. Try again with a connection'
     if isinstance(error, EntryNotFoundError):
         return f'{whole} holds no weights: it lacks config.json or {WEIGHTS}, and other formats are not loaded'
+    if status:
+        said = ' '.join(str(error).split())[:300]
+        return f'the Hub ({hub}) refused what was asked of {whole}: it answered {status}: {said}'
     if isinstance(error, HTTPError) or 'Consistency check' in str(error):
         return f'the connection to the Hub ({hub}) broke off at {whole}: {type(error).__name__}. Run the same again'
     return f'{whole}: {" ".join(str(error).split()) or type(error).__name__}'
