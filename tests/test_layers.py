@@ -357,6 +357,51 @@ def test_scale_of_an_image_does_not_matter_to_cosine_nor_to_loc_col():
         assert torch.equal(layer.neighbors(image(2, 5, 8, 8)), layer.neighbors(1000 * image(2, 5, 8, 8)))
 
 
+@pytest.mark.parametrize('size', [(5, 9), (9, 5), (6, 6)])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_loc_col_compares_features_of_unit_deviation_with_coordinates_of_one_pitch(size, metric):
+    layer = ConvNN2d(3, 4, K=5, padding=0, similarity_type='Loc_Col', magnitude_type=metric, lambda_param=0.3)
+    x, (H, W) = image(2, 3, *size), size
+    row, column = torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij')
+    pitch = 2 / (max(H, W) - 1)
+    location = torch.stack([(column - (W - 1) / 2) * pitch, (row - (H - 1) / 2) * pitch]).expand(2, -1, -1, -1)
+    features = x / (x.std(dim=(1, 2, 3), keepdim=True) + 1e-6)
+    compared = torch.cat([0.3 * features, 0.7 * location], dim=1).flatten(2).mT
+    index = reference.knn(compared, compared, 4, metric, exclude=torch.arange(H * W))[0]
+    assert torch.equal(layer.neighbors(x)[:, :, 1:], index)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_loc_col_of_a_narrow_dtype_compares_in_float32(dtype):
+    layer, x = ConvNN2d(3, 4, similarity_type='Loc_Col'), image(2, 3, 12, 12, dtype=dtype)
+    assert torch.equal(layer.neighbors(x), layer.neighbors(x.float()))
+
+
+@pytest.mark.parametrize('metric, own', [('cosine', 1.1), ('euclidean', 0.1)])
+@pytest.mark.parametrize('K', [1, 4, 25])
+def test_attention_is_its_definition(metric, own, K):
+    layer = ConvNNAttention2d(3, 4, K=K, magnitude_type=metric, attention_dropout=0., dtype=torch.float64)
+    layer.weight.data = image(*layer.weight.shape, seed=1)
+    x = nn.functional.pad(image(2, 3, 3, 3), (1,) * 4)  # 25 tokens
+    keys, queries, values = (w(x).flatten(2).mT for w in (layer.w_k, layer.w_q, layer.w_v))
+    index, score = reference.knn(keys, queries, 24, metric, exclude=torch.arange(25))
+    index = torch.cat([torch.arange(25).expand(2, 25).unsqueeze(-1), index], -1)[..., :K]
+    score = torch.cat([torch.full((2, 25, 1), own, dtype=torch.float64), score], -1)[..., :K].softmax(-1)
+    y = reference.neighbor_conv(values, index, layer.weight.flatten(2), layer.bias, score, groups=layer.token_channels)
+    y = layer.w_o(layer.pointwise_conv(y.mT.unflatten(2, (5, 5))[..., 1:-1, 1:-1]))
+    torch.testing.assert_close(layer(image(2, 3, 3, 3)), y, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_counts_a_position_once_where_there_are_too_few_others():
+    layer = ConvNNAttention2d(3, 4, padding=0, sampling_type='random', num_samples=8, dtype=torch.float64).eval()
+    x = image(1, 3, 4, 4)
+    again = layer.neighbors(x)[0, :, -1] == torch.arange(16)  # the candidates themselves
+    before = layer(x)
+    layer.weight.data[:, :, -1] *= -3
+    changed = (layer(x) != before).any(1).flatten()
+    assert again.sum() == 8 and torch.equal(changed, ~again)
+
+
 def test_lambda_runs_from_location_to_features():
     x = image(2, 5, 9, 9)
 
