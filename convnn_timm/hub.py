@@ -88,7 +88,7 @@ def export(
         data_note: What the card says about the data, besides its name.
         data_dir: Where the images are now, if they were moved.
         device: Where to evaluate.
-        force: Replace a folder that is there.
+        force: Replace a folder that is there, and a line of that name in the manifest.
         seeds: Run folders of the same training with other seeds, for the spread of its results.
 
     Returns:
@@ -114,6 +114,10 @@ def export(
     folder = output / name
     if folder.exists() and not force:
         raise WeightsError(f'{folder} is there already: --force replaces it, --output DIR makes it elsewhere')
+    if name in read_manifest() and not force:
+        raise WeightsError(
+            f'{name} is the name of other weights, which {_weights.MANIFEST} lists: choose another --tag, or replace '
+            f'its line there with --force')
 
     args, model, loader, train_images = open_evaluation(run, data_dir, device)
     stored, results, state_dict = choose_precision(model, loader, args.channels_last)
@@ -301,17 +305,27 @@ def check_folder(folder: Path, entry: Optional[Dict[str, Any]] = None) -> List[s
     except WeightsError as error:
         return [str(error)]
     try:
-        model = build_model(read_config(folder))
+        config = read_config(folder)
+        model = build_model(config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         return [f'{folder / CONFIG} describes no model: {error}']
+    if entry:
+        found = {**config.get('pretrained_cfg', {}), **config}
+        published = {'model_args': entry['model_args'], **entry['pretrained_cfg']}
+        if problems := [
+                f'{folder / CONFIG}: {key} is {found.get(key)}, published is {value}'
+                for key, value in published.items() if found.get(key) != value]:
+            return problems
     if problems := compare_tensors(folder / WEIGHTS, model):
         return problems
 
     model.load_state_dict(load_file(folder / WEIGHTS))
     golden = load_file(folder / GOLDEN)
+    if golden.keys() != {'inputs', 'logits'}:
+        return [f'{folder / GOLDEN} holds {", ".join(golden) or "nothing"}, not inputs and logits']
     logits = golden_logits(model, golden['inputs'])
     if logits.shape != golden['logits'].shape:
-        return [f'{folder}: {logits.shape[1]} logits, golden ones are {golden["logits"].shape[1]}']
+        return [f'{folder}: logits are {tuple(logits.shape)}, golden ones {tuple(golden["logits"].shape)}']
     difference = (logits - golden['logits']).abs().max().item()
     if not difference <= GOLDEN_TOLERANCE:
         return [f'{folder}: logits differ from the golden ones by up to {difference:.2g}']

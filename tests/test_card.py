@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file, save, save_file
 
 from convnn_timm import cli, hub
 from convnn_timm.card import write_card
@@ -208,7 +208,10 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
     assert 'trained resnet18, which is no model of this package' in error_of(
         capsys, 'export', foreign, '--tag', 'cifar10', '--output', tmp_path)
     assert 'there is no folder nowhere. --data-dir says where' in error_of(
-        capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path, '--data-dir', 'nowhere')
+        capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', 'nowhere')
+    before = manifest.read_text()
+    assert 'is the name of other weights' in error_of(capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path)
+    assert manifest.read_text() == before and not (tmp_path / NAME).exists()
 
 
 def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path):
@@ -390,6 +393,10 @@ def test_verify_says_what_differs(manifest, card, capsys):
 
     assert 'is damaged: its sha256 is' in damage(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert 'is damaged' in damage(weights[:1000])
+    (card / 'model.safetensors').write_bytes(weights)
+    (card / 'config.json').write_text(config.replace('"bee"', '"zebra"'))
+    assert "label_names is ['zebra', 'cat', 'dog'], published is ['bee', 'cat', 'dog']" in error_of(capsys, 'verify', card)
+    (card / 'config.json').write_text(config)
     manifest.write_text('[]')  # from here on without a hash
     assert 'is cut short or no safetensors file' in damage(weights[:1000])
     tensors = load(weights)
@@ -404,6 +411,8 @@ def test_verify_says_what_differs(manifest, card, capsys):
     assert 'describes no model' in error_of(capsys, 'verify', card)
     (card / 'config.json').write_text(config.replace('"num_samples": 32', '"num_samples": 40'))
     assert 'logits differ' in error_of(capsys, 'verify', card)
+    save_file(dict(inputs=torch.zeros(1, 3, 16, 16)), card / 'golden.safetensors')
+    assert 'holds inputs, not inputs and logits' in error_of(capsys, 'verify', card)
     (card / 'golden.safetensors').unlink()
     assert 'has no golden.safetensors' in error_of(capsys, 'verify', card)
     assert 'is no published weight (none yet)' in error_of(capsys, 'verify', 'resnet18_convnn.cifar10')
