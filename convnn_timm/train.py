@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .conversion import convert
+from .images import ImageError
 from .train_args import UsageError, build_parser, find_recipe, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
@@ -469,7 +470,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
             return None
         signal.signal(signal.SIGTERM, stop)
         return train(args, argv)
-    except UsageError as error:
+    except (UsageError, ImageError) as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
     except KeyboardInterrupt:
         record = run_folder(args) / 'args.yaml'

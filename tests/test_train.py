@@ -314,12 +314,13 @@ def copied(images, folder):
     return folder
 
 
-def test_an_unreadable_image_is_not_replaced_by_another(flags, images, tmp_path, capsys):
+@pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
+def test_an_unreadable_image_is_not_replaced_by_another(flags, images, tmp_path, cache):
     data = copied(images, tmp_path / 'data')
     bad = data / 'validation' / 'cat' / '3.png'
     bad.write_text('not an image')
     with pytest.raises(SystemExit, match=f'{bad}: not an image'):
-        main([*flags, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+        main([*flags, cache, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
 
 
 def test_classes_that_differ_are_named(flags, images, tmp_path):
