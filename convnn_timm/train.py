@@ -377,7 +377,7 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             source = Path(checkpoint).parent if checkpoint else folder
-            if checkpoint and not source.samefile(folder):  # so that the new run, too, can be continued from the first moment
+            if checkpoint and not source.samefile(folder):  # so that the new run, too, can go on from the first moment
                 shutil.copy(checkpoint, folder / 'last.pth.tar')
                 if (source / 'summary.csv').is_file():
                     shutil.copy(source / 'summary.csv', folder)

@@ -197,7 +197,8 @@ def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on
     done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
     assert 'pushed, verified' in done.out and 'status 0' in done.out, done.err
     files = on_the_hub.files(PROJECT)
-    assert files.keys() - files_of(session.folder).keys() == {'notes.md'} and files['README.md'] == (session.folder / 'README.md').read_bytes()
+    assert files.keys() - files_of(session.folder).keys() == {'notes.md'}
+    assert files['README.md'] == (session.folder / 'README.md').read_bytes()
     assert not posted(on_the_hub, 'PUT')
 
 
