@@ -631,7 +631,11 @@ def find_images(paths: List[str]) -> Iterator[Path]:
 
     for path in map(Path, paths):
         if path.is_dir():
-            files = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+            seen, files = set(), []
+            for folder, inner, names in os.walk(path, followlinks=True):
+                files += [Path(folder, name) for name in names]
+                seen.add(os.path.realpath(folder))  # a link may lead back
+                inner[:] = [name for name in inner if os.path.realpath(os.path.join(folder, name)) not in seen]
             images = sorted(file for file in files if is_img_extension(file.suffix.lower()) and file.is_file())
             yield from images or [path]  # an empty folder is reported where it is read
         else:

@@ -163,15 +163,13 @@ def check_type(source: str, key: str, value: Any) -> None:
     """What the parser makes of a text it also makes of a recipe's; the rest must have the right type already."""
     default = next((arguments[key] for arguments in ARGUMENTS.values() if key in arguments), None)
     kind = default if isinstance(default, type) else type(default)
-    fits = {
-        bool: isinstance(value, bool), dict: isinstance(value, dict), list: isinstance(value, list),
-        int: isinstance(value, (int, str)), float: isinstance(value, (int, float, str)),
-    }.get(kind, not isinstance(value, (dict, list)))
-    if kind in (int, float) and isinstance(value, bool):
-        fits = False
+    types, words = {
+        bool: (bool, 'true or false'), dict: (dict, 'names with values'), list: (list, 'a list'),
+        int: ((int, str), 'an integer'), float: ((int, float, str), 'a number'),
+    }.get(kind, ((str, int, float), 'text'))
+    fits = isinstance(value, types) and not (isinstance(value, bool) and kind in (int, float))
     if default is not None and value is not None and not fits:
-        words = {bool: 'true or false', dict: 'names with values', list: 'a list', int: 'an integer', float: 'a number'}
-        raise UsageError(f'{source}: {key} must be {words.get(kind, "text")}, not {value!r}')
+        raise UsageError(f'{source}: {key} must be {words}, not {value!r}')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
