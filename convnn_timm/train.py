@@ -31,13 +31,14 @@ from timm import utils
 from timm.data import Mixup, resolve_data_config
 from timm.loss import create_classification_loss
 from timm.models import load_checkpoint, model_parameters, resume_checkpoint, save_for_hf
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, muon, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .conversion import convert
 from .images import ImageError
+from .macs import count_macs
 from .train_args import UsageError, build_parser, find_recipe, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
@@ -82,6 +83,7 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
     if setup.mixup_fn is not None and args.mixup_off_epoch:
         setup.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
 
+    side = args.train_sizes[epoch] if epoch < len(args.train_sizes or ()) else None
     steps, accum = len(loader), args.grad_accum_steps
     updates = epoch * math.ceil(steps / accum)
     seen, waited, loss_sum = 0, 0., 0.
@@ -97,6 +99,8 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
     start = mark = time.perf_counter()
     for step, (images, targets) in enumerate(loader):
         waited += time.perf_counter() - mark
+        if side:
+            images = F.interpolate(images, size=(side, side), mode='bilinear', antialias=True)
         if setup.mixup_fn is not None:
             images, targets = setup.mixup_fn(images, targets)
         if args.channels_last:
@@ -251,14 +255,15 @@ def is_emulated(dtype: str) -> bool:
     return torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, check)()
 
 
-def warn_of_emulation(args: argparse.Namespace) -> None:
+def avoid_emulation(args: argparse.Namespace) -> None:
     """On a CPU without instructions for it, a step in lower precision takes a hundred times as long as in float32."""
-    uses = [(args.amp_dtype, '--no-amp trains in float32')] if args.amp else []
-    if args.opt == 'muon':
-        uses.append(('bfloat16', '--opt muon computes in it, --opt sgd does not'))
-    for dtype, remedy in uses:
-        if is_emulated(dtype):
-            _logger.warning(f'this processor has no instructions for {dtype}, which makes it very slow: {remedy}')
+    if 'muon' in args.opt and is_emulated('bfloat16') and not isinstance(muon.zeropower_via_newtonschulz, partial):
+        # timm's optimizer has no argument for the precision that it iterates in.
+        muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+        _logger.info(f'--opt {args.opt} computes in float32 here')
+    if args.amp and is_emulated(args.amp_dtype):
+        _logger.warning(f'this processor has no instructions for {args.amp_dtype}, which makes it very slow: --no-amp '
+                        'trains in float32')
 
 
 def create_setup(
@@ -332,8 +337,8 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
         if device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
             torch.backends.cudnn.benchmark = True
-        elif rank == 0:
-            warn_of_emulation(args)
+        else:
+            avoid_emulation(args)
 
         utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
         model = create_model(args)
@@ -341,6 +346,11 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
             raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
         data_config = create_data_config(args, model)
         description = describe(model, data_config['input_size']) if rank == 0 else ''
+        for side in sorted(set(args.train_sizes or ())):
+            try:
+                count_macs(model, (data_config['input_size'][0], side, side))
+            except (RuntimeError, ValueError) as error:
+                raise UsageError(f'--train-sizes {side}: {error}') from error
         if args.grad_checkpointing:
             model.set_grad_checkpointing(True)
         model.to(device)

@@ -42,10 +42,10 @@ ARGUMENTS = {
         lr_k_decay=1., warmup_lr=1e-5, warmup_epochs=5, warmup_prefix=False, min_lr=0., cooldown_epochs=0,
         decay_milestones=[90, 180, 270], decay_epochs=90., decay_rate=0.1),
     'augmentation and regularization': dict(
-        no_aug=False, crop_padding=int, train_crop_mode=str, scale=[0.08, 1.], ratio=[3. / 4., 4. / 3.], hflip=0.5,
-        vflip=0., color_jitter=0.4, aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1,
-        mixup=0., cutmix=0., mixup_prob=1., mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0,
-        smoothing=0.1),
+        no_aug=False, crop_padding=int, train_sizes=[int], train_crop_mode=str, scale=[0.08, 1.],
+        ratio=[3. / 4., 4. / 3.], hflip=0.5, vflip=0., color_jitter=0.4, aa=str, train_interpolation='random',
+        reprob=0., remode='pixel', recount=1, mixup=0., cutmix=0., mixup_prob=1., mixup_switch_prob=0.5,
+        mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1),
     'moving average of the weights': dict(model_ema=False, model_ema_decay=0.9998, model_ema_warmup=False),
     'run': dict(
         seed=42, output='output', experiment='', resume='', checkpoint_hist=10, log_interval=50),
@@ -72,6 +72,8 @@ HELP = dict(
     no_aug='no augmentation, whatever the other flags say',
     crop_padding='the CIFAR crop: pad by this many black pixels, crop at random to the input size; replaces '
                  '--train-crop-mode, --scale and --ratio',
+    train_sizes='side in pixels that the training images are shrunk to in the first epochs, one number for each; the '
+                'epochs after them see the input size',
     model_ema='the average is what is evaluated and saved',
     experiment='folder in --output for the run; default: date and model',
     resume='checkpoint to continue, or auto: the last one in the run folder if there is one',
@@ -82,7 +84,7 @@ SHORT = dict(batch_size='-b', validation_batch_size='-vb', workers='-j')
 COUNT = dict(input_size=3, model_kwargs='*', convert='+', opt_kwargs='*', torchcompile='?')
 COUNTS = (
     'batch_size', 'checkpoint_hist', 'crop_padding', 'epochs', 'grad_accum_steps', 'holdout', 'log_interval', 'seed',
-    'validation_batch_size', 'workers')
+    'train_sizes', 'validation_batch_size', 'workers')
 # Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
 
@@ -164,10 +166,12 @@ def check_type(source: str, key: str, value: Any) -> None:
     default = next((arguments[key] for arguments in ARGUMENTS.values() if key in arguments), None)
     kind = default if isinstance(default, type) else type(default)
     types, words = {
-        bool: (bool, 'true or false'), dict: (dict, 'names with values'), list: (list, 'a list'),
+        bool: (bool, 'true or false'), dict: (dict, 'names with values'), list: (list, 'a list of numbers'),
         int: ((int, str), 'an integer'), float: ((int, float, str), 'a number'),
     }.get(kind, ((str, int, float), 'text'))
     fits = isinstance(value, types) and not (isinstance(value, bool) and kind in (int, float))
+    if kind is list and fits:
+        fits = all(isinstance(each, (int, float)) for each in value)
     if default is not None and value is not None and not fits:
         raise UsageError(f'{source}: {key} must be {words}, not {value!r}')
 
@@ -197,8 +201,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
     for name in COUNTS:
         least = 0 if name in ('holdout', 'seed', 'workers', 'crop_padding') else 1
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {getattr(args, name)}')
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value], default=least) < least:
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {value}')
     if args.amp_dtype not in ('float16', 'bfloat16'):
         parser.error(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16')
     return args
