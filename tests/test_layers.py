@@ -4,18 +4,19 @@ import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_timm.layers import (
     Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d, ConvNN1d, ConvNN2d, ConvNNAttention1d,
-    ConvNNAttention2d, CoordConv2d, PixelShuffle1d, PixelUnshuffle1d, create_layer, layer_arguments)
-from convnn_timm.ops import neighbor_conv, reference
+    ConvNNAttention2d, CoordConv2d, PixelShuffle1d, PixelUnshuffle1d, convnn, create_layer, layer_arguments)
+from convnn_timm.layers.base import map_to_tokens
+from convnn_timm.ops import knn, neighbor_conv, reference
 
 LAYERS_1D = [ConvNN1d, ConvNNAttention1d, Branching1d, BranchingAttention1d]
 LAYERS_2D = [ConvNN2d, ConvNNAttention2d, Branching2d, BranchingAttention2d]
@@ -133,31 +134,68 @@ def test_loc_is_dilated_and_grouped_conv1d():
         assert torch.equal(layer(image(2, 4, 17)), conv(image(2, 4, 17)))
 
 
-def searched(layer, x):
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    return counter.get_flop_counts()['Global'].get(torch.ops.convnn_timm.knn, 0)
+@pytest.fixture
+def searches(monkeypatch):
+    """The searches so far, one call each; what was found before is forgotten."""
+    mock = Mock(wraps=knn)
+    monkeypatch.setattr(convnn, 'knn', mock)
+    convnn._remembered.cache_clear()
+    return lambda: mock.call_count
 
 
 @pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
 @pytest.mark.parametrize('args', [
     dict(), dict(stride=2), dict(K=4, magnitude_type='euclidean'), dict(sampling_type='spatial', num_samples=9),
     dict(sampling_type='random', num_samples=20)])
-def test_loc_searches_once_for_a_size(layer_type, args):
+def test_loc_searches_once_for_a_size(layer_type, args, searches):
     def new():
         torch.manual_seed(0)
         return layer_type(3, 4, similarity_type='Loc', dtype=torch.float64, **args).eval()
 
-    layer = new()
-    for size in (30, 30, 24, 30):
+    def check(layer, size):
         x = image(2, 3, *(size,) * layer.axes)
-        assert torch.equal(layer(x), new()(x))
-    assert searched(layer, x) == 0
-    assert bool(searched(new(), x)) == ('magnitude_type' not in args)  # with distances never
-    assert (searched(layer.train(), x) > 0) == (args.get('sampling_type') == 'random')  # drawn anew
-    layer.eval().stride, other = 3, new()
-    other.stride = 3
-    assert torch.equal(layer(x), other(x))
+        y = neighbor_conv(
+            map_to_tokens(layer.pad(x)), layer._find_by_location(x.shape[2:], x.device).expand(2, -1, -1),
+            layer.weight.flatten(2), layer.bias)
+        before = searches()
+        assert torch.equal(layer(x).flatten(2).mT, y)
+        return searches() - before
+
+    by_search = 0 if 'magnitude_type' in args else 1  # with distances never
+    layer = new()
+    assert [check(layer, size) for size in (30, 30, 24, 30)] == [by_search, 0, by_search, 0]
+    assert check(new(), 30) == 0  # nor do other layers of this form
+    layer.stride = 3
+    assert check(layer, 30) == by_search
+    layer.train()
+    assert (searches_of(layer, searches) > 0) == (args.get('sampling_type') == 'random')  # drawn anew
+
+
+def searches_of(layer, searches):
+    before = searches()
+    layer(image(2, 3, *(30,) * layer.axes))
+    return searches() - before
+
+
+def test_a_compiled_network_does_not_search_by_location(searches):
+    layer = ConvNN2d(3, 4, similarity_type='Loc', sampling_type='spatial', num_samples=6)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    x = image(2, 3, 8, 8, dtype=torch.float32)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert searches() == 1
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+    assert searches() == 1
+
+
+def test_what_is_remembered_cannot_be_written_into(searches):
+    layer = ConvNN2d(3, 4, similarity_type='Loc')
+    x = image(1, 3, 8, 8, dtype=torch.float32)
+    index = layer.neighbors(x)
+    before = index.clone()
+    index.zero_()
+    assert torch.equal(layer.neighbors(x), before)
 
 
 def test_loc_trains_after_an_inference():

@@ -6,7 +6,8 @@ first, and applies one weight per neighbour rank. Chosen by location alone this 
 Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
 """
 import math
-from typing import Any, Dict, Optional, Tuple
+from functools import lru_cache
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,6 +22,9 @@ from .sampling import Lattice, in_output_order, unpadded_positions
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
 NEIGHBOR_INITS = ('random', 'zero')
+# The arguments that neighbours by location depend on.
+BY_LOCATION = (
+    'K', 'stride', 'padding', 'dilation', 'sampling_type', 'num_samples', 'sample_padding', 'magnitude_type')
 
 
 class _ConvNN(NeighborLayer):
@@ -103,11 +107,6 @@ class _ConvNN(NeighborLayer):
         self.weight = nn.Parameter(torch.empty(shape, **dd))
         self.bias = nn.Parameter(torch.empty(self.token_out_channels, **dd)) if bias else None
         self.reset_parameters()
-        self.found = None  # by location: what was asked, and the index
-
-    def __getstate__(self) -> Dict[str, Any]:
-        """A copy or a file finds its neighbours anew."""
-        return {**self.__dict__, 'found': None}
 
     def reset_parameters(self) -> None:
         """The initialisation of torch's convolutions."""
@@ -214,18 +213,9 @@ class _ConvNN(NeighborLayer):
     def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
         """(1, Q, K), in raster order: the same for all images and, but for a random draw, always. So it is found once."""
         drawn = self.sampling_type == 'random' and self.training
-        if drawn or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # or where an operator of ours may not stay
             return self._find_by_location(size, device)
-        asked = (
-            size, device, self.K, self.stride, self.padding, self.dilation, self.magnitude_type, self.sampling_type,
-            self.num_samples, self.sample_padding)
-        if self.found is None or self.found[0] != asked:
-            with torch.inference_mode(False):  # or training could not use it later
-                index = self._find_by_location(size, device)
-            if type(index) is not torch.Tensor:  # a fake one
-                return index
-            self.found = asked, index
-        return self.found[1]
+        return _neighbors_by_location(size, device, *[getattr(self, name) for name in BY_LOCATION])
 
     def _find_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
         """The same. With all tokens as candidates the nearest by distance are known without a search."""
@@ -309,3 +299,33 @@ class ConvNN1d(_ConvNN):
 class ConvNN2d(_ConvNN):
     __doc__ = _ConvNN.__doc__.replace('of every position.', 'of every position of an image (B, C, H, W).', 1)
     axes = 2
+
+
+@torch.library.custom_op('convnn_timm::neighbors_by_location', mutates_args=())
+def _neighbors_by_location(
+        size: List[int],
+        device: torch.device,
+        K: int,
+        stride: int,
+        padding: int,
+        dilation: int,
+        sampling_type: str,
+        num_samples: int,
+        sample_padding: int,
+        magnitude_type: str,
+) -> torch.Tensor:
+    """Neighbours (1, Q, K) by location, remembered. An operator, so that a compiled network need not find them again."""
+    arguments = K, stride, padding, dilation, sampling_type, num_samples, sample_padding, magnitude_type
+    return _remembered(tuple(size), device, *arguments).clone()  # which the caller may write into
+
+
+@_neighbors_by_location.register_fake
+def _(size, device, K, stride, *_):
+    return torch.empty((1, math.prod(-(-n // stride) for n in size), K), dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _remembered(size: Tuple[int, ...], device: torch.device, *arguments) -> torch.Tensor:
+    layer_type = ConvNN1d if len(size) == 1 else ConvNN2d
+    layer = layer_type(1, 1, similarity_type='Loc', device='meta', **dict(zip(BY_LOCATION, arguments)))
+    return layer.eval()._find_by_location(size, device)
