@@ -62,6 +62,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # `convnn-timm list | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        report(f'{error.filename}: {error.strerror}' if error.filename else error.strerror)
+        return 1
 
 
 def report(message: str) -> None:
@@ -484,13 +489,11 @@ def check_photos(paths: Optional[List[str]], mode: str) -> Iterator[Tuple[str, '
 
 @contextmanager
 def wrong_values() -> Iterator[None]:
-    """What the library refuses, or cannot write, is for the user to correct."""
+    """What the library refuses is for the user to correct."""
     try:
         yield
     except ValueError as error:
         raise CommandError(one_line(error)) from error
-    except OSError as error:
-        raise CommandError(f'cannot write {error.filename}: {error.strerror}') from error
 
 
 def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module', Callable, str]:

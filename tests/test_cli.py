@@ -49,6 +49,21 @@ def error_of(capsys, *argv, status=1):
     return err
 
 
+def test_a_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / 'file').touch()
+    assert f"{tmp_path / 'file'}" in (message := error_of(capsys, 'quickstart', '--output', str(tmp_path / 'file/digits')))
+    assert 'Not a directory' in message
+
+
+def test_what_is_not_the_systems_fault_keeps_its_traceback(monkeypatch):
+    def fail(args):
+        raise ConnectionError('of our own making')
+
+    monkeypatch.setattr(cli, 'list_models', fail)
+    with pytest.raises(ConnectionError):
+        cli.main(['list'])
+
+
 @pytest.mark.parametrize('command', ['', 'list', 'info', 'run', 'predict', 'quickstart', 'export-onnx'])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
