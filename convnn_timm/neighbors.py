@@ -11,6 +11,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequenc
 import torch
 import torch.nn as nn
 
+from convnn_timm.conversion import Aligned
 from convnn_timm.layers.base import NeighborLayer
 
 __all__ = [
@@ -73,10 +74,21 @@ def capture_neighbors(
         raise ValueError(f'no layer {", ".join(map(repr, unknown))}; layers with neighbours are {", ".join(found)}')
 
     def watch(name: str, layer: NeighborLayer):
-        return layer.register_forward_pre_hook(
-            lambda _, args: captured.update({name: _neighbors_of(layer, args[0], _window(model, name, layer))}))
+        parent = model.get_submodule(name.rpartition('.')[0])
+        aligned, sizes = parent if isinstance(parent, Aligned) else None, []
+        if aligned:
+            handles.append(aligned.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[2:]))))
 
-    handles = [watch(name, layer) for name, layer in found.items() if not layers or name in layers]
+        def note(_, args):
+            neighbors = _neighbors_of(layer, args[0], _window(model, name, layer))
+            captured[name] = _unaligned(neighbors, aligned, sizes[-1]) if aligned else neighbors
+
+        handles.append(layer.register_forward_pre_hook(note))
+
+    handles = []
+    for name, layer in found.items():
+        if not layers or name in layers:
+            watch(name, layer)
     weight = next(iter(found.values())).weight
     try:
         with _evaluation(model):
@@ -119,6 +131,17 @@ def _neighbors_of(layer: NeighborLayer, x: torch.Tensor, window: int) -> LayerNe
     return LayerNeighbors(
         torch.stack([index // row - p, index % row - p], dim=-1), query, (height, width), layer.stride, p, window,
         layer.dilation)
+
+
+def _unaligned(neighbors: LayerNeighbors, aligned: Aligned, size: Tuple[int, int]) -> LayerNeighbors:
+    """The same on the map of that size before `aligned` padded it, without the outputs that it cuts off."""
+    front, behind, first, kept = (
+        torch.tensor(values) for values in zip(*(aligned.align(n, axis) for axis, n in enumerate(size))))
+    output = neighbors.query // neighbors.stride
+    remains = ((output >= first) & (output < first + kept)).all(dim=-1)
+    return neighbors._replace(
+        index=neighbors.index[:, remains] - front, query=neighbors.query[remains] - front, size=size,
+        padding=neighbors.padding + int(torch.cat([front, behind]).max()))
 
 
 class LayerStats(NamedTuple):
@@ -202,8 +225,8 @@ def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
 def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
     """The same of all other tokens, from how often each step along rows and columns occurs."""
     rows, columns = (
-        torch.arange(0, n, neighbors.stride).unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount(minlength=n)
-        for n in neighbors.size)
+        query.unique().unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount(minlength=n)[:n]
+        for query, n in zip(neighbors.query.T, neighbors.size))
     for steps in rows, columns:
         steps[torch.arange(len(steps)) % neighbors.dilation != 0] = 0
     often = rows.unsqueeze(1) * columns.double()

@@ -168,8 +168,8 @@ def _draw_panel(
 
     (height, width), stride = neighbors.size, neighbors.stride
     reach = neighbors.dilation * (neighbors.window // 2)  # of the convolution's window
-    row, column = (int(v * n) // stride for v, n in zip(reversed(at), (height, width)))
-    query = row * -(-width // stride) + column
+    position = torch.tensor([int(v * n) for v, n in zip(reversed(at), (height, width))])
+    query = int((neighbors.query - position).square().sum(dim=-1).argmin())  # the nearest that has neighbours
     row, column = neighbors.query[query].tolist()
     margin = max(neighbors.padding, reach)
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)

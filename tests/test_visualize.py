@@ -1,4 +1,5 @@
 """Which neighbours layers choose: captured, measured and drawn, and the two commands that do it."""
+import copy
 import csv
 import math
 
@@ -11,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import convnn_timm.models  # noqa: F401, registers the models
-from convnn_timm import cli
+from convnn_timm import cli, convert
 from convnn_timm.layers import Branching2d, ConvNN2d, ConvNNAttention2d
 from convnn_timm.visualize import (
     LayerStats,
@@ -111,6 +112,25 @@ def test_window_is_dilated_as_the_layer_is():
 def test_window(layer, window):
     found, = capture_neighbors(nn.Sequential(layer), images(1, 2, 8, 8)).values()
     assert found.window == window
+
+
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 5, stride=3, padding=1), nn.Conv2d(2, 4, 3, stride=2, padding=4),
+    nn.Conv2d(2, 4, 3, padding=(0, 1), dilation=2)], ids=str)
+@pytest.mark.parametrize('layer', ['convnn', 'convnn_branching'])
+def test_positions_are_those_of_the_map_before_a_converted_layer_pads_it(conv, layer):
+    """Where a convolution pads more or less than half its window."""
+    k, (stride, _), (d, _) = conv.kernel_size[0], conv.stride, conv.dilation
+    model = nn.Sequential(copy.deepcopy(conv))
+    convert(model, layer, **LOC)
+    x = images(2, 2, 13, 18)
+    (name, found), = capture_neighbors(model, x).items()
+    rows, columns = (
+        torch.arange(out) * stride - padding + d * (k // 2) for out, padding in zip(conv(x).shape[2:], conv.padding))
+    assert found.size == (13, 18) and torch.equal(found.query, torch.cartesian_prod(rows, columns))
+    assert torch.equal(found.index, window_neighbors(found).index.expand_as(found.index))
+    line, = neighbor_stats(model, x)
+    assert line.inside == 1 and line.distance == pytest.approx(line.window_distance)
 
 
 @pytest.mark.parametrize('layer', ['convnn', 'convnn_branching'])
