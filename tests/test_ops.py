@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
 from convnn_timm.ops import chunks
 from convnn_timm.ops.topk import topk_of_columns, topk_of_rows
@@ -296,6 +297,26 @@ def test_a_second_derivative_is_refused():
         grad, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match='ConvNN layers have a first derivative only'):
             grad.sum().backward()
+
+
+@pytest.mark.parametrize('op, arguments', [
+    ('knn', (tokens(2, 5, 4), tokens(2, 6, 4), 3)),
+    ('neighbor_conv', (tokens(2, 6, 4), torch.ones(2, 5, 3, dtype=torch.int64), tokens(6, 4, 3), tokens(6), tokens(2, 5, 3))),
+])
+def test_forward_mode_is_refused(op, arguments):
+    for place, argument in enumerate(arguments):
+        if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
+            continue
+
+        def change(module):
+            def of(x):
+                y = getattr(module, op)(*arguments[:place], x, *arguments[place + 1:])
+                return y[1] if op == 'knn' else y
+            return torch.func.jvp(of, (argument,), (argument.flip(-1),))[1]
+
+        with pytest.raises(RuntimeError, match='ConvNN layers have derivatives in reverse mode only'):
+            change(convnn_timm.ops)
+        assert change(reference).abs().sum() > 0.1
 
 
 def test_ops_pass_pytorchs_own_checks():

@@ -1,9 +1,10 @@
 """What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, one derivative only."""
 from contextlib import AbstractContextManager, nullcontext
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.library
+from torch.autograd.forward_ad import unpack_dual
 
 # Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache.
 CHUNK_BYTES = 8 * 2 ** 20
@@ -37,3 +38,11 @@ def once_differentiable(backward_op: torch.library.CustomOpDef) -> None:
             'them. convnn_timm.ops.reference has definitions of the ops that can be differentiated twice.')
 
     backward_op.register_autograd(refuse)
+
+
+def refuse_forward_mode(*tensors: Optional[torch.Tensor]) -> None:
+    """Make a derivative in forward mode, which torch would take for zero, a clear error."""
+    if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            'ConvNN layers have derivatives in reverse mode only: torch.func.jvp, jacfwd and other forward modes cannot go '
+            'through them. convnn_timm.ops.reference has definitions of the ops that have both.')

@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, no_autocast, once_differentiable, widen
+from .chunks import batch_chunks, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 from .reference import inverse_norm
 from .topk import few, topk_of_columns, topk_of_rows
@@ -47,6 +47,7 @@ def knn(
     if query.ndim != 3 or candidates.ndim != 3 or query.shape[::2] != candidates.shape[::2]:
         raise ValueError(
             f'knn takes query (B, Q, C) and candidates (B, M, C), not {tuple(query.shape)} and {tuple(candidates.shape)}')
+    refuse_forward_mode(query, candidates)
     if not 1 <= k <= candidates.shape[1]:
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
     if exclude is not None and exclude.shape != query.shape[1:2]:

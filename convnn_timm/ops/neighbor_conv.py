@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .chunks import CHUNK_BYTES, batch_chunks, no_autocast, once_differentiable, widen
+from .chunks import CHUNK_BYTES, batch_chunks, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 
 __all__ = ['neighbor_conv']
@@ -54,6 +54,7 @@ def neighbor_conv(
             f'index {tuple(index.shape)}: it must be (O, C / groups, K) with O divisible by groups')
     if score is not None and score.shape != index.shape:
         raise ValueError(f'score {tuple(score.shape)} must have the shape of index, {tuple(index.shape)}')
+    refuse_forward_mode(x, weight, bias, score)
     # Autocast leaves float64 as it is.
     if x.device.type != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
