@@ -198,7 +198,7 @@ def test_what_is_remembered_cannot_be_written_into(searches):
     assert torch.equal(layer.neighbors(x), before)
 
 
-def test_loc_trains_after_an_inference():
+def test_loc_trains_after_an_inference(searches):
     layer = ConvNN2d(3, 4, similarity_type='Loc')
     x = image(2, 3, 8, 8, dtype=torch.float32)
     with torch.inference_mode():
