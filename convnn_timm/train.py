@@ -255,15 +255,23 @@ def is_emulated(dtype: str) -> bool:
     return torch.backends.mkldnn.is_available() and not getattr(torch.ops.mkldnn, check)()
 
 
-def avoid_emulation(args: argparse.Namespace) -> None:
+def warn_of_emulation(args: argparse.Namespace) -> None:
     """On a CPU without instructions for it, a step in lower precision takes a hundred times as long as in float32."""
-    if 'muon' in args.opt and is_emulated('bfloat16') and not isinstance(muon.zeropower_via_newtonschulz, partial):
-        # timm's optimizer has no argument for the precision that it iterates in.
-        muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-        _logger.info(f'--opt {args.opt} computes in float32 here')
     if args.amp and is_emulated(args.amp_dtype):
         _logger.warning(f'this processor has no instructions for {args.amp_dtype}, which makes it very slow: --no-amp '
                         'trains in float32')
+
+
+@contextmanager
+def no_emulation_in_muon(device: torch.device):
+    """timm's Muon iterates in bfloat16, and has no argument for that: in float32 where a CPU would emulate it."""
+    iterate = muon.zeropower_via_newtonschulz
+    if device.type == 'cpu' and is_emulated('bfloat16'):
+        muon.zeropower_via_newtonschulz = partial(iterate, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = iterate
 
 
 def create_setup(
@@ -337,8 +345,8 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
         if device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
             torch.backends.cudnn.benchmark = True
-        else:
-            avoid_emulation(args)
+        elif rank == 0:
+            warn_of_emulation(args)
 
         utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
         model = create_model(args)
@@ -407,7 +415,8 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
 
     try:
         for epoch in range(start, epochs):
-            train_metrics = train_one_epoch(epoch, setup, train_loader, args)
+            with no_emulation_in_muon(device):
+                train_metrics = train_one_epoch(epoch, setup, train_loader, args)
             if not math.isfinite(train_metrics['loss']):
                 raise UsageError(f'the loss is {train_metrics["loss"]} in epoch {epoch + 1}: choose a smaller --lr')
             eval_metrics = evaluate(evaluated, eval_loader, setup.autocast, args.channels_last)
