@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, default in arguments.items():
             sample = default[0] if isinstance(default, list) else default
-            kind, typed = (sample, True) if isinstance(sample, type) else (type(sample), False)
+            kind, typed = kind_of(sample), isinstance(sample, type)
             text = HELP.get(name, '')
             if not (typed or default in ('', {}, False) or 'default' in text):
                 text = f'{text} (default: {default})'.strip()
@@ -161,17 +161,24 @@ def read_recipe(name: str, known: Sequence[str]) -> Dict[str, Any]:
     return {key: value for key, value in recipe.items() if key in known}
 
 
+def kind_of(default: Any) -> type:
+    """Of a default value; a type stands for no default."""
+    return default if isinstance(default, type) else type(default)
+
+
 def check_type(source: str, key: str, value: Any) -> None:
     """What the parser makes of a text it also makes of a recipe's; the rest must have the right type already."""
     default = next((arguments[key] for arguments in ARGUMENTS.values() if key in arguments), None)
-    kind = default if isinstance(default, type) else type(default)
+    kind = kind_of(default)
+    each = kind_of(default[0]) if kind is list else None
     types, words = {
-        bool: (bool, 'true or false'), dict: (dict, 'names with values'), list: (list, 'a list of numbers'),
+        bool: (bool, 'true or false'), dict: (dict, 'names with values'),
+        list: (list, 'a list of integers' if each is int else 'a list of numbers'),
         int: ((int, str), 'an integer'), float: ((int, float, str), 'a number'),
     }.get(kind, ((str, int, float), 'text'))
     fits = isinstance(value, types) and not (isinstance(value, bool) and kind in (int, float))
-    if kind is list and fits:
-        fits = all(isinstance(each, (int, float)) for each in value)
+    if each and fits:
+        fits = all(isinstance(number, (int, each)) for number in value)
     if default is not None and value is not None and not fits:
         raise UsageError(f'{source}: {key} must be {words}, not {value!r}')
 

@@ -255,7 +255,8 @@ def test_recipes_of_the_package():
     ('lr: [0.1]', 'lr must be a number, not [0.1]'),
     ('scale: 0.08', 'scale must be a list of numbers, not 0.08'),
     ('model_kwargs: K=5', "model_kwargs must be names with values, not 'K=5'"),
-    ('train_sizes: [16, half]', "train_sizes must be a list of numbers, not [16, 'half']"),
+    ('train_sizes: [16, half]', "train_sizes must be a list of integers, not [16, 'half']"),
+    ('train_sizes: [16, 24.5]', 'train_sizes must be a list of integers, not [16, 24.5]'),
 ])
 def test_wrong_recipe(tmp_path, text, message):
     (tmp_path / 'wrong.yaml').write_text(text)
