@@ -491,12 +491,17 @@ def test_crop_padding(flags, tmp_path, cache):
 # Small images first
 
 def test_the_first_epochs_see_small_images(flags, tmp_path, monkeypatch):
-    seen = Counter()
+    seen, contrast = Counter(), {}
+
+    def see(module, inputs):
+        x = inputs[0]
+        seen[module.training, x.shape[2:]] += len(x)
+        if module.training:
+            contrast[x.shape[-1]] = x.diff(dim=-1).abs().mean()
 
     def create(args):
         model = original(args)
-        model.register_forward_pre_hook(
-            lambda module, inputs: seen.update({(module.training, inputs[0].shape[2:]): len(inputs[0])}))
+        model.register_forward_pre_hook(see)
         return model
 
     original = train.create_model
@@ -505,6 +510,7 @@ def test_the_first_epochs_see_small_images(flags, tmp_path, monkeypatch):
     trained = {size: count for (training, size), count in seen.items() if training}
     assert trained == {(8, 8): 112, (12, 12): 112, (16, 16): 112}  # of 120 images, in full batches
     assert {size for training, size in seen if not training} >= {(16, 16)}
+    assert contrast[8] < 0.7 * contrast[16]  # averages of the noise that the images are, not parts of it
 
 
 def test_too_small_images(flags, tmp_path):
