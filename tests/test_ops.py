@@ -53,10 +53,13 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, met
 
 @pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9)])
 def test_topk_orders_equal_values_by_their_index(M, k):
-    """By either way, of values that are often equal, both zeros and infinities among them, and a NaN of either sign."""
+    """By either way, of values that are often equal, both zeros and infinities among them, and none to all of them NaN."""
     special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])
-    score = special[torch.randint(len(special), (200, M), generator=torch.Generator().manual_seed(M))]
-    score[::4, M // 2] = torch.tensor(torch.nan).copysign(torch.tensor([1., -1.])).repeat(25)
+    generator = torch.Generator().manual_seed(M)
+    score = special[torch.randint(len(special), (200, M), generator=generator)]
+    for row, number in enumerate((0, 1, k + 1, M)):
+        sign = torch.randn(50, min(number, M), generator=generator)
+        score[row::4, torch.randperm(M, generator=generator)[:number]] = torch.tensor(torch.nan).copysign(sign)
     expected = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
     for value, index in topk_of_rows(score, k), (t.T for t in topk_of_columns(score.T.contiguous(), k)):
         assert torch.equal(index, expected)
@@ -83,13 +86,32 @@ def test_knn_ties_go_to_the_lower_index():
     assert torch.equal(index[0, 4], torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]))
 
 
-def test_knn_comes_to_no_harm_by_nan_and_inf():
-    x = torch.randn(2, 50, 4)
-    x[0, 3] = float('nan')
-    x[1, 5] = float('inf')
-    for metric in 'cosine', 'euclidean':
-        index, _ = knn(x, x, 9, metric, torch.arange(50))
-        assert ((index >= 0) & (index < 50)).all()
+@pytest.mark.parametrize('M', [50, 200])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_knn_ranks_what_is_hardly_a_number_as_the_definition_does(metric, M):
+    query, candidates = tokens(2, 12, 4, dtype=torch.float32), tokens(2, M, 4, dtype=torch.float32, seed=1)
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-30)):
+        candidates[:, 7 * i + 1, i % 4] = value
+    candidates[:, 3] = torch.inf
+    candidates[:, 4:6] = torch.nan
+    query[0, 1] *= 1e-14  # too short and too long to have a direction
+    query[1, 2] *= 1e25
+    query[0, 3], query[1, 4, 2] = torch.nan, torch.nan
+    index, score = knn(query, candidates, M, metric)
+    expected, expected_score = reference.knn(query, candidates, M, metric)
+    usual = expected_score.isfinite().any(-1) if metric == 'euclidean' else torch.ones(2, 12, dtype=torch.bool)
+    assert usual.sum() >= 21  # a query that is infinitely far from all has no order of them
+    assert torch.equal(index[usual], expected[usual]) and index.sort().values.eq(torch.arange(M)).all()
+    torch.testing.assert_close(score[usual], expected_score[usual], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_knn_takes_any_memory_layout(metric):
+    query, candidates = tokens(3, 5, 20).mT, tokens(1, 30, 10)[:, ::2, ::2].expand(3, -1, -1)
+    index, score = knn(query, candidates, 4, metric)
+    expected = knn(query.contiguous(), candidates.contiguous(), 4, metric)
+    assert torch.equal(index, expected[0])
+    torch.testing.assert_close((index, score), reference.knn(query, candidates, 4, metric), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
@@ -133,6 +155,14 @@ def test_euclidean_knn_does_not_depend_on_where_the_features_lie(offset):
     expected, expected_score = reference.knn(x.double(), x.double(), 9, 'euclidean')
     assert torch.equal(index, expected)
     torch.testing.assert_close(score.double(), expected_score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('place', [0, 32, 50, 63])
+@pytest.mark.parametrize('value', [1e2, 1e4])
+def test_euclidean_knn_does_not_depend_on_an_outlier(place, value):
+    x = tokens(1, 64, 8, dtype=torch.float32)
+    x[0, place] = value
+    assert torch.equal(knn(x, x, 9, 'euclidean')[0], reference.knn(x.double(), x.double(), 9, 'euclidean')[0])
 
 
 def test_knn_orders_ties_whatever_the_default_dtype(monkeypatch):
@@ -196,6 +226,44 @@ def test_neighbor_conv_under_autocast_computes_like_a_convolution(order):
     torch.testing.assert_close(y.float(), reference.neighbor_conv(x, index, weight), rtol=0.05, atol=0.1)
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_ops_have_rules_of_autocast_of_their_own():
+    """A network that was exported without autocast calls them with whatever dtypes there are."""
+    x, weight = tokens(2, 9, 4, dtype=torch.float32), tokens(5, 4, 3, dtype=torch.float32)
+    index, half = torch.randint(9, (2, 9, 3)), x.bfloat16()
+    ops = torch.ops.convnn_timm
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = ops.neighbor_conv(x, index, weight, None, None, 1)
+        assert torch.equal(ops.neighbor_conv(half, index, weight, None, None, 1), y)
+        score, place = ops.knn(half, x, None, None, 3)
+        assert ops.neighbor_conv(x.double(), index, weight.double(), None, None, 1).dtype == torch.float64
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close((score, place), ops.knn(half.float(), x, None, None, 3), rtol=0, atol=0)
+
+
+def test_neighbor_conv_in_float16_holds_sums_whose_parts_it_could_not():
+    x = torch.full((1, 4, 4), 200., dtype=torch.float16)
+    weight = torch.tensor([100., -99.], dtype=torch.float16).expand(1, 4, 2)
+    y = neighbor_conv(x, torch.zeros(1, 64, 2, dtype=torch.int64), weight)
+    assert (y == 800).all()
+
+
+def test_backward_keeps_inputs_and_selected_scores_only(order):
+    """No gathered tokens, no score of every query with every candidate."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x, weight, bias = tokens(2, 60, 8).requires_grad_(), tokens(4, 8, 5).requires_grad_(), tokens(4).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        index, score = knn(x, x, 5)
+        assert kept and max(tensor.numel() for tensor in kept) == x.numel()
+        kept.clear()
+        neighbor_conv(x, index, weight, bias, score)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (x, index, weight, score)}
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])

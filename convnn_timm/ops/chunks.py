@@ -1,6 +1,6 @@
 """What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, one derivative only."""
 from contextlib import AbstractContextManager, nullcontext
-from typing import Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 import torch.library
@@ -8,6 +8,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 # Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache.
 CHUNK_BYTES = 8 * 2 ** 20
+
+_library = torch.library.Library('convnn_timm', 'FRAGMENT')
 
 
 def batch_chunks(B: int, Q: int, bytes_per_query: int) -> Iterator[Tuple[slice, slice]]:
@@ -26,7 +28,29 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Compute in the dtypes of the tensors themselves. (The meta device knows no autocast.)"""
-    return nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)
+    if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()  # an exported network would keep the other, and refuse autocast around itself
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:
+    """Make an op take its floating tensors in one dtype under autocast, which leaves float64 as it is.
+
+    (torch.library.register_autocast knows fixed dtypes only.)
+
+    Args:
+        op: Its name.
+        dtype: The dtype on a device, 'cpu' or 'cuda'.
+    """
+    for device, key in ('cpu', 'AutocastCPU'), ('cuda', 'AutocastCUDA'):
+
+        def rule(*args, device=device):
+            wanted, narrow = dtype(device), (torch.float16, torch.bfloat16, torch.float32)
+            args = [x.to(wanted) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in args]
+            with torch.autocast(device, enabled=False):
+                return getattr(torch.ops.convnn_timm, op)(*args)
+
+        _library.impl(op, rule, key)
 
 
 def once_differentiable(backward_op: torch.library.CustomOpDef) -> None:

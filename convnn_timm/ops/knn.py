@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, no_autocast, once_differentiable, refuse_forward_mode, widen
+from .chunks import batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 from .reference import inverse_norm
 from .topk import few, topk_of_columns, topk_of_rows
@@ -56,14 +56,33 @@ def knn(
         query, candidates = widen(query), widen(candidates)
         select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
         if metric == 'cosine':
+            scale = inverse_norm(query)
+            query = query * (scale != 0)  # if it is 0 all candidates are equal
             score, index = select(query, candidates * inverse_norm(candidates), None, exclude, k)
-            return index, score * inverse_norm(query)
-        # Distances from the middle candidate, which changes no distance between two, or features that lie far from 0
-        # compared with their differences would lose these to rounding.
-        origin = candidates.detach()[:, candidates.shape[1] // 2:][:, :1].nan_to_num(0., 0., 0.)
-        query, candidates = query - origin, candidates - origin
-        score, index = select(2 * query, candidates, -candidates.square().sum(-1), exclude, k)
-        return index, score - query.square().sum(-1, keepdim=True)
+            return index, score * scale
+        origin = _origin(candidates)
+        query, query_square = _with_square(query - origin)
+        candidates, square = _with_square(candidates - origin)
+        score, index = select(2 * query, candidates, -square, exclude, k)
+        return index, score - query_square.unsqueeze(-1)
+
+
+def _origin(candidates: torch.Tensor) -> torch.Tensor:
+    """A point (B, 1, C) amid the candidates (B, M, C), from which to measure: no distance between two depends on it.
+
+    Features that lie far from 0 compared with their differences would lose these to rounding. Where they do not, it is
+    0, so that zeros stay zeros. Of nine candidates it takes the median, to which a few outliers mean nothing.
+    """
+    places = torch.arange(9, device=candidates.device) * (candidates.shape[1] - 1) // 8
+    ordered = candidates.detach().index_select(1, places).sort(dim=1).values
+    low, middle, high = ordered[:, 2:7:2].split(1, dim=1)
+    return torch.where(middle.abs() > high - low, middle, 0)  # never where one is not finite
+
+
+def _with_square(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, N, C) and their squared norm (B, N). Infinitely long rows are zeros, for inf - inf would rank as NaN."""
+    square = x.square().sum(-1)
+    return x.masked_fill(square.isinf().unsqueeze(-1), 0), square
 
 
 @torch.library.custom_op('convnn_timm::knn', mutates_args=())
@@ -85,30 +104,29 @@ def _knn(
     by_column = few(query.dtype, query.device, M, k)
     # Of few candidates the scores of a chunk stay in a core's cache, with the keys that are sorted.
     bytes_per_query = M * query.element_size() * (16 if by_column else 1)
-    with no_autocast(query):
-        buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-        for b, q in batch_chunks(B, Q, bytes_per_query):
-            n, rows = b.stop - b.start, q.stop - q.start
-            buffer = query.new_empty(n * rows * M) if buffer is None else buffer
-            s = buffer[:n * rows * M].view(n, rows, M)
-            if by_column:
-                s = s.view(n, M, rows)
-                torch.bmm(candidates[b], query[b, q].mT, out=s)
-                s = s.mT
-            else:
-                torch.bmm(query[b, q], candidates[b].mT, out=s)
-            if offset is not None:
-                s += offset[b].unsqueeze(1)
-            own = None if exclude is None else _mask_excluded(s, exclude[q])
-            if by_column:
-                value, place = topk_of_columns(s.permute(2, 0, 1).flatten(1), k)
-                value, place = value.T, place.T
-            else:
-                value, place = topk_of_rows(s.flatten(0, 1), k)
-            value, place = value.reshape(n, rows, k), place.reshape(n, rows, k)
-            if own is not None:  # where there were no others
-                value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
-            score[b, q], index[b, q] = value, place
+    buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
+    for b, q in batch_chunks(B, Q, bytes_per_query):
+        n, rows = b.stop - b.start, q.stop - q.start
+        buffer = query.new_empty(n * rows * M) if buffer is None else buffer
+        s = buffer[:n * rows * M].view(n, rows, M)
+        if by_column:
+            s = s.view(n, M, rows)
+            torch.bmm(candidates[b], query[b, q].mT, out=s)
+            s = s.mT
+        else:
+            torch.bmm(query[b, q], candidates[b].mT, out=s)
+        if offset is not None:
+            s += offset[b].unsqueeze(1)
+        own = None if exclude is None else _mask_excluded(s, exclude[q])
+        if by_column:
+            value, place = topk_of_columns(s.permute(2, 0, 1).flatten(1), k)
+            value, place = value.T, place.T
+        else:
+            value, place = topk_of_rows(s.flatten(0, 1), k)
+        value, place = value.reshape(n, rows, k), place.reshape(n, rows, k)
+        if own is not None:  # where there were no others
+            value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
+        score[b, q], index[b, q] = value, place
     return score, index
 
 
@@ -116,6 +134,10 @@ def _knn(
 def _(query, candidates, offset, exclude, k):
     shape = (*query.shape[:2], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+# Wherever autocast is on, be it around an exported network that was made without it.
+cast_under_autocast('knn', lambda device: torch.float32)
 
 
 def _knn_onnx(query, candidates, offset, exclude, k):
@@ -229,17 +251,19 @@ def grid_neighbors(
         axes.append(torch.arange(start, stop, stride, device=device))
         steps.append(torch.arange(-min(radius, n - 1), min(radius, n - 1) + 1, device=device))
     query, step = (torch.stack(torch.meshgrid(*a, indexing='ij'), -1).flatten(0, -2) for a in (axes, steps))
-    position = query.unsqueeze(1) + step  # Q, window, axes
     limit = torch.tensor(size, device=device)
-    inside = ((position >= 0) & (position < limit)).all(-1)
-    raster = position[..., 0]
-    for axis in range(1, len(size)):
-        raster = raster * size[axis] + position[..., axis]
     # The window is in raster order, so (distance, place in the window) orders equal distances by index.
     key = step.square().sum(-1) * len(step) + torch.arange(len(step), device=device)
-    key = key.masked_fill(~inside, torch.iinfo(torch.int64).max)
-    nearest = key.topk(k, largest=False).indices
-    return raster.gather(1, nearest).sort(dim=1).values
+    nearest = []
+    for _, q in batch_chunks(1, len(query), 4 * step.nbytes):
+        position = query[q].unsqueeze(1) + step  # q, window, axes
+        inside = ((position >= 0) & (position < limit)).all(-1)
+        raster = position[..., 0]
+        for axis in range(1, len(size)):
+            raster = raster * size[axis] + position[..., axis]
+        place = key.masked_fill(~inside, torch.iinfo(torch.int64).max).topk(k, largest=False).indices
+        nearest.append(raster.gather(1, place).sort(dim=1).values)
+    return torch.cat(nearest)
 
 
 def _covering_radius(size: Tuple[int, ...], k: int) -> int:

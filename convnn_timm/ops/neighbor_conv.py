@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .chunks import CHUNK_BYTES, batch_chunks, no_autocast, once_differentiable, refuse_forward_mode, widen
+from .chunks import CHUNK_BYTES, batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 
 __all__ = ['neighbor_conv']
@@ -55,11 +55,6 @@ def neighbor_conv(
     if score is not None and score.shape != index.shape:
         raise ValueError(f'score {tuple(score.shape)} must have the shape of index, {tuple(index.shape)}')
     refuse_forward_mode(x, weight, bias, score)
-    # Autocast leaves float64 as it is.
-    if x.device.type != 'meta' and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     score = None if score is None else score.to(x.dtype)
     if torch.onnx.is_in_onnx_export():  # standard operators
         return reference.neighbor_conv(x, index, weight, bias, score, groups)
@@ -80,9 +75,8 @@ def _neighbor_conv(
         return triton_neighbor_conv(x, index, weight, bias, score, groups)
     y = x.new_empty((*index.shape[:2], weight.shape[0]))
     forward = _multiply_and_sum if multiplies_first(x, index, weight) else _gather_and_multiply
-    with no_autocast(x):
-        forward(y, x, index, weight, score, groups)
-        return y if bias is None else y.add_(bias)
+    forward(y, x, index, weight, score, groups)
+    return y if bias is None else y.add_(bias)
 
 
 @_neighbor_conv.register_fake
@@ -90,10 +84,16 @@ def _(x, index, weight, bias, score, groups):
     return x.new_empty((*index.shape[:2], weight.shape[0]))
 
 
+cast_under_autocast('neighbor_conv', torch.get_autocast_dtype)
+
+
 def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether to multiply first: by the cost of both orders, and only where the products of one image fit a chunk."""
+    """Whether to multiply first: by the cost of both orders, and only where the products of one image fit a chunk.
+
+    Never in float16, which one rank's product may exceed though the sum of all does not.
+    """
     (T, C), (Q, K), (O, group_channels, _) = x.shape[1:], index.shape[1:], weight.shape
-    if (T + Q) * K * O * x.element_size() > CHUNK_BYTES:
+    if x.dtype == torch.float16 or (T + Q) * K * O * x.element_size() > CHUNK_BYTES:
         return False
     move = 3  # multiplications in the time of moving a number there and, in backward, back
     return T * O * group_channels + (T + Q) * O * move < Q * O * group_channels + 2 * Q * C * move

@@ -20,7 +20,7 @@ def topk_of_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tenso
     if score.device.type != 'cpu':
         return _resolve_ties(score, score.topk(k).values, k)
     value, index = score.topk(min(k + 1, score.shape[1]))
-    rows = (value[:, 1:] == value[:, :-1]).any(1).nonzero().squeeze(1)
+    rows = _equal(value[:, 1:], value[:, :-1]).any(1).nonzero().squeeze(1)
     value, index = value[:, :k], index[:, :k]
     if rows.numel() == 0:
         return value, index
@@ -33,10 +33,15 @@ def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[tor
     M = score.shape[-1]
     last = value[:, -1:]
     order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
-    place = torch.where(score == last, order, M + 1).masked_fill_(score < last, 0)  # NaN counts as above, as in topk
+    above = (score > last) | score.isnan()
+    place = torch.where(_equal(score, last), order, torch.where(above, M + 1, 0))
     index = place.topk(k).indices.sort(dim=-1).values
     value, by_value = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
     return value, index.gather(-1, by_value)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 # Few values: a sorting network
