@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_timm.layers import (
     Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d, ConvNN1d, ConvNN2d, ConvNNAttention1d,
@@ -541,11 +543,13 @@ def test_evaluation_is_deterministic_and_training_drops_attention(layer_type):
         assert not torch.equal(layer(x), layer(x))
 
 
-@pytest.mark.parametrize('similarity_type', ['Col', 'Loc', 'Loc_Col'])
-@pytest.mark.parametrize('args', [dict(), dict(dilation=2, groups=4)])
-def test_autocast_selects_the_neighbours_of_float32(similarity_type, args):
-    layer = ConvNN2d(16, 8, similarity_type=similarity_type, **args)
-    x = image(2, 16, 12, 12, dtype=torch.float32)
+@pytest.mark.parametrize('layer_type', [
+    *[partial(ConvNN2d, similarity_type=similarity_type, **args)
+      for similarity_type in ('Col', 'Loc', 'Loc_Col') for args in (dict(), dict(dilation=2, groups=4))],
+    ConvNNAttention1d, partial(ConvNNAttention2d, aggregation_type='Loc_Col')])
+def test_autocast_selects_the_neighbours_of_float32(layer_type):
+    layer = layer_type(16, 8).eval()
+    x = image(2, 16, *(12,) * layer.axes, dtype=torch.float32)
     expected = layer.neighbors(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert torch.equal(layer.neighbors(x), expected)
@@ -622,13 +626,34 @@ def test_meta_deepcopy_pickle_and_state_dict(layer_type):
     assert pickle.dumps(layer) == before and torch.equal(layer(x), y)
 
 
-@pytest.mark.parametrize('layer_type', [ConvNN2d, BranchingAttention2d, partial(ConvNN2d, dilation=2)])
-def test_compiles_without_a_graph_break(layer_type):
-    layer = layer_type(3, 4).eval()
-    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
-    for x in image(2, 3, 8, 8, dtype=torch.float32), image(3, 3, 10, 8, dtype=torch.float32):
-        torch.testing.assert_close(compiled(x), layer(x))
-        compiled(x).sum().backward()
+@pytest.mark.parametrize('layer_type', [
+    ConvNN1d, partial(ConvNN2d, magnitude_type='euclidean'), partial(BranchingAttention2d, attention_dropout=0.),
+    partial(ConvNN2d, dilation=2)])
+def test_compiles_without_a_graph_break_and_not_for_every_size(layer_type):
+    torch._dynamo.reset()
+    layer = layer_type(3, 4)
+    graphs = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
+    for i, n in enumerate((8, 11, 14, 12, 17)):
+        inputs = [image(2 + i % 2, 3, *(n, 10)[:layer.axes], dtype=torch.float32).requires_grad_() for _ in range(2)]
+        outputs = [f(x) for f, x in zip((compiled, layer), inputs)]
+        torch.testing.assert_close(*outputs)
+        for y in outputs:
+            y.square().sum().backward()
+        torch.testing.assert_close(*[x.grad for x in inputs])
+    assert graphs.frame_count <= 3
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN2d, ConvNNAttention2d])
+@pytest.mark.parametrize('sampling_type, few, more', [('random', 16, 64), ('spatial', 4, 8)])
+def test_fewer_candidates_cost_less(layer_type, sampling_type, few, more):
+    def cost(**sampling):
+        with FlopCounterMode(display=False) as counter:
+            layer_type(8, 8, device='meta', **sampling)(torch.empty(1, 8, 16, 16, device='meta'))
+        return counter.get_total_flops()
+
+    some, others = (cost(sampling_type=sampling_type, num_samples=n) for n in (few, more))
+    assert some < others < cost()
 
 
 @pytest.mark.parametrize('layer_type', [ConvNN1d, Branching2d, ConvNNAttention2d, partial(ConvNN2d, dilation=2)])
@@ -638,15 +663,26 @@ def test_exports(layer_type):
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
+@pytest.mark.parametrize('layer_type', [ConvNN2d, ConvNNAttention2d])
+def test_exported_without_autocast_it_runs_with_it(layer_type):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), layer_type(4, 4)).eval()
+    x = image(2, 3, 8, 8, dtype=torch.float32)
+    for exported in torch.export.export(net, (x,)).module(), torch.jit.trace(net, x), torch.jit.script(net):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            y = exported(x)
+        assert y.dtype == torch.bfloat16
+        assert (y.float() - net(x)).abs().median() < 0.02  # nearly all neighbours are the same
+
+
 @pytest.mark.parametrize('dynamo', [False, True])
 @pytest.mark.parametrize('layer_type, args', [
     (ConvNN1d, dict(magnitude_type='euclidean')), (ConvNN2d, dict(dilation=2, groups=3)),
-    (BranchingAttention2d, dict(sampling_type='random', num_samples=20))])
+    (BranchingAttention2d, dict(stride=2, sampling_type='random', num_samples=20))])
 def test_onnx(layer_type, args, dynamo, tmp_path):
     """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours."""
     onnxruntime = pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
     layer = layer_type(3, 6, K=5, **args).eval()
-    x = example(layer).float().relu()
+    x = example(layer, (9, 8)[:layer.axes]).float().relu()
     x[:, :, ::3] = 0
     torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / 'layer.onnx')

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
+from convnn_timm.ops.chunks import no_autocast
 from .base import NeighborLayer, map_to_tokens, with_own_first
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
@@ -109,19 +110,25 @@ class _ConvNNAttention(NeighborLayer):
 
     def _attend(self, x: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """Neighbours (B, Q, K) of the kept positions of the padded map x, and their attention weights."""
-        B, queries = x.shape[0], self.queries(size, x.device)
-        key = map_to_tokens(self.w_k(x)).index_select(1, queries)
-        score = torch.full((B, len(queries), 1), OWN_SCORE[self.magnitude_type], dtype=key.dtype, device=x.device)
-        index = with_own_first(queries, None, B)
-        if self.K > 1:
-            lattice, = self.lattices(size)
-            positions, own_place = self.candidates(lattice, queries, equal_padding=self.aggregation_type == 'Col')
-            query = map_to_tokens(self.w_q(x)).index_select(1, positions)
-            place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
-            others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
-            index = with_own_first(queries, positions[place], B)
-            score = torch.cat([score.to(others.dtype), others], dim=-1)
-        return index, self.attn_drop(score.softmax(dim=-1))
+        B, queries, tokens = x.shape[0], self.queries(size, x.device), map_to_tokens(x)
+        if self.K == 1:
+            index = with_own_first(queries, None, B)
+            return index, self.attn_drop(torch.ones_like(index, dtype=x.dtype))
+        lattice, = self.lattices(size)
+        positions, own_place = self.candidates(lattice, queries, equal_padding=self.aggregation_type == 'Col')
+        key, query = self._project(self.w_k, tokens, queries), self._project(self.w_q, tokens, positions)
+        place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
+        others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
+        score = torch.cat([torch.full_like(others[..., :1], OWN_SCORE[self.magnitude_type]), others], dim=-1)
+        return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
+
+    def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, M, C) at some positions, projected to be compared: in full precision under autocast too."""
+        x = tokens.index_select(1, positions).transpose(1, 2)
+        if x.dtype != projection.weight.dtype:  # or torch.export would insist on it
+            x = x.to(projection.weight.dtype)
+        with no_autocast(x):
+            return projection(x if self.axes == 1 else x.unsqueeze(-1)).flatten(2).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ('' if self.bias is not None else ', bias=False')

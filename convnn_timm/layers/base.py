@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from convnn_timm.ops.knn import METRICS
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
-from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, inner_positions, lattices
+from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, ceil_div, inner_positions, lattices
 from .script import ScriptedWhole
 
 __all__ = [
@@ -145,7 +145,7 @@ class NeighborLayer(ScriptedWhole):
         return self.leave_map(self.to_map(y, size))
 
     def to_map(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        return y.unflatten(1, [-(-n // self.stride) for n in size]).movedim(self.axes + 1, 1)
+        return y.unflatten(1, [ceil_div(n, self.stride) for n in size]).movedim(self.axes + 1, 1)
 
     def leave_map(self, y: torch.Tensor) -> torch.Tensor:
         return shuffle(y, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else y

@@ -17,7 +17,7 @@ from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops.chunks import widen
 from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens, with_own_first
 from .coordinates import centered_positions, similarity_coordinates
-from .sampling import Lattice, in_output_order, unpadded_positions
+from .sampling import Lattice, ceil_div, in_output_order, unpadded_positions
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
@@ -131,7 +131,9 @@ class _ConvNN(NeighborLayer):
         if window is not None:
             return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
         padded = self.pad(x)
-        if self.similarity_type != 'Loc' and self.K > 1:
+        if self.K == 1:
+            return self.leave_map(self._pointwise(x, padded, size, self.weight))
+        if self.similarity_type != 'Loc':
             positions, place = self._search(self.similarity_features(padded), size)
             if 2 * len(positions) < padded.shape[2:].numel():
                 return self.leave_map(self._aggregate_few(x, padded, size, positions, place))
@@ -321,7 +323,7 @@ def _neighbors_by_location(
 
 @_neighbors_by_location.register_fake
 def _(size, device, K, stride, *_):
-    return torch.empty((1, math.prod(-(-n // stride) for n in size), K), dtype=torch.int64, device=device)
+    return torch.empty((1, math.prod(ceil_div(n, stride) for n in size), K), dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=64)

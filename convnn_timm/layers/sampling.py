@@ -9,11 +9,16 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 __all__ = [
-    'SAMPLING_TYPES', 'Lattice', 'candidate_positions', 'in_output_order', 'inner_positions', 'lattices',
+    'SAMPLING_TYPES', 'Lattice', 'candidate_positions', 'ceil_div', 'in_output_order', 'inner_positions', 'lattices',
     'unpadded_positions',
 ]
 
 SAMPLING_TYPES = ('all', 'random', 'spatial')
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, for a >= 0. (ONNX rounds the usual -(-a // b) towards 0 when a is a traced size.)"""
+    return (a + b - 1) // b
 
 
 class Steps(NamedTuple):
@@ -24,7 +29,7 @@ class Steps(NamedTuple):
 
     @property
     def number(self) -> int:
-        return -(-(self.stop - self.start) // self.step)
+        return ceil_div(self.stop - self.start, self.step)
 
 
 class Lattice(NamedTuple):
@@ -83,7 +88,7 @@ def lattices(size: Tuple[int, ...], padding: int, stride: int = 1, dilation: int
             Steps(query % dilation, end + padding, dilation),
             Steps(query - output * stride // dilation * dilation, end, dilation),
             Steps(query, end, period * stride),
-            Steps(output, -(-n // stride), period))
+            Steps(output, ceil_div(n, stride), period))
 
     axes = [[steps(n, first) for first in range(period) if first == 0 or first * stride < n] for n in size]
     return [Lattice(*zip(*chosen)) for chosen in itertools.product(*axes)]
@@ -160,20 +165,20 @@ def candidate_positions(
 
 
 def _without_equal_padding(lattice: Lattice, k: int, device: Optional[torch.device]) -> torch.Tensor:
-    """The inner positions and the first k of the padding, ascending."""
-    inner = _span(lattice.padded_size, lattice.inner, device)
-    before = 0  # of the positions, all padding, that come before the first inner one
-    for n, place in zip(lattice.size, lattice.own([steps.start for steps in lattice.inner])):
-        before = before * n + place
-    if k <= before:  # as on all but the smallest maps
-        return torch.cat([lattice.positions(torch.arange(k, device=device)), inner])
-    padded, row = [], lattice.padded_size[-1]
-    for position in itertools.product(*(range(*steps) for steps in lattice.whole)):
-        if len(padded) == k:
-            break
-        if not all(i in range(*steps) for i, steps in zip(position, lattice.inner)):
-            padded.append(position[0] * row + position[1] if len(position) == 2 else position[0])
-    return torch.cat([torch.tensor(padded, dtype=torch.int64, device=device), inner]).sort().values
+    """The inner positions and the first k of the padding, ascending.
+
+    In raster order the padding lies before the first inner row, in equal gaps between the inner rows, and after the last.
+    """
+    first = lattice.own([steps.start for steps in lattice.inner])
+    row, width = lattice.size[-1], lattice.inner_size[-1]
+    rows = lattice.inner_size[0] if len(first) == 2 else 1
+    before = first[0] * row + first[1] if len(first) == 2 else first[0]
+    gap = row - width
+    pad = torch.arange(min(k, lattice.tokens - rows * width), device=device)
+    passed = ((pad - before) // max(gap, 1)).clamp(0, rows - 1) if gap else rows - 1  # gaps
+    pad = torch.where(pad < before, pad, pad + width * (passed + 1))
+    positions = torch.cat([lattice.positions(pad), _span(lattice.padded_size, lattice.inner, device)])
+    return positions if k <= before else positions.sort().values  # the former on all but the smallest maps
 
 
 def _grid(
