@@ -16,7 +16,7 @@ from convnn_timm.ops import reference
 GOLDEN = Path(__file__).parent / 'golden'
 CASES = {case['name']: case for case in json.loads((GOLDEN / 'layers.json').read_text())}
 TENSORS = load_file(GOLDEN / 'layers.safetensors')
-# Three cases hold exactly equal scores (of padded tokens, and of tokens that mirror each other), which the original left
+# Three cases hold exactly equal scores (of padded tokens, and of tokens that mirror each other). The original left them
 # to chance. Its neighbours are stored: given them the layer must give its output, and ours must be as near as they are.
 TIED = {name: index.long() for name, index in load_file(GOLDEN / 'ties.safetensors').items()}
 NETWORKS = json.loads((GOLDEN / 'models.json').read_text())

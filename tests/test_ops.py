@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
-from convnn_timm.ops import chunks
+from convnn_timm.ops import _common
 from convnn_timm.ops.topk import topk_of_columns, topk_of_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
 def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(chunks, 'CHUNK_BYTES', request.param)
+    monkeypatch.setattr(_common, 'CHUNK_BYTES', request.param)
 
 
 @pytest.fixture(params=[False, True], ids=['gather first', 'multiply first'])
@@ -53,7 +53,7 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, met
 
 @pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9)])
 def test_topk_orders_equal_values_by_their_index(M, k):
-    """By either way, of values that are often equal, both zeros and infinities among them, and none to all of them NaN."""
+    """By either way, of values that are often equal, both zeros and infinities among them, and none to all NaN."""
     special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])
     generator = torch.Generator().manual_seed(M)
     score = special[torch.randint(len(special), (200, M), generator=generator)]
@@ -189,7 +189,8 @@ def test_grid_neighbors_selects_what_the_definition_selects(size, k):
 
 
 @pytest.mark.parametrize('B, T, C, O, Q, K, groups', [
-    (2, 12, 4, 6, 5, 3, 1), (3, 4, 4, 6, 25, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6), (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
+    (2, 12, 4, 6, 5, 3, 1), (3, 4, 4, 6, 25, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6),
+    (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
 @pytest.mark.parametrize('scored', [False, True])
 def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, order, B, T, C, O, Q, K, groups, scored):
     def run(fn):
@@ -272,7 +273,7 @@ def test_backward_keeps_inputs_and_selected_scores_only(order):
 def test_neighbor_conv_in_narrow_dtypes(order, dtype, scored, groups):
     """One rounding more than the definition at most, also where hundreds of gradients meet in one token."""
     def run(fn, dtype):
-        inputs = tokens(2, 6, 8), tokens(8, 8 // groups, 4, seed=1) / 4, tokens(8, seed=2), tokens(2, 300, 4, seed=3) / 8
+        inputs = tokens(2, 6, 8), tokens(8, 8 // groups, 4, seed=1) / 4, tokens(8), tokens(2, 300, 4, seed=3) / 8
         x, weight, bias, score = [t.to(narrow).to(dtype).requires_grad_() for t in inputs]
         index = torch.randint(6, (2, 300, 4), generator=torch.Generator().manual_seed(4))
         y = fn(x, index, weight, bias, score if scored else None, groups)
@@ -369,7 +370,8 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize('op, arguments', [
     ('knn', (tokens(2, 5, 4), tokens(2, 6, 4), 3)),
-    ('neighbor_conv', (tokens(2, 6, 4), torch.ones(2, 5, 3, dtype=torch.int64), tokens(6, 4, 3), tokens(6), tokens(2, 5, 3))),
+    ('neighbor_conv', (
+        tokens(2, 6, 4), torch.ones(2, 5, 3, dtype=torch.int64), tokens(6, 4, 3), tokens(6), tokens(2, 5, 3))),
 ])
 def test_forward_mode_is_refused(op, arguments):
     for place, argument in enumerate(arguments):

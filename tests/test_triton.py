@@ -183,14 +183,15 @@ class TestKernels:
         monkeypatch.setattr(neighbor_conv, 'ROW_GRADIENT_BYTES', 1)  # image by image
         kernel, atomic = neighbor_conv._input_gradient, []
         monkeypatch.setattr(
-            neighbor_conv, '_input_gradient', lambda *args, **kwargs: (atomic.append(kwargs['atomic']), kernel(*args, **kwargs)))
+            neighbor_conv, '_input_gradient',
+            lambda *args, **kwargs: (atomic.append(kwargs['atomic']), kernel(*args, **kwargs)))
         case = 2, 5, 18, 18, 19, 3, groups, torch.float32, True, True
         found, expected = self.run_neighbor_conv(*case)
         for f, e in zip(found, expected):
             torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
         for f, again in zip(found, self.run_neighbor_conv(*case)[0]):
             assert torch.equal(f, again)
-        assert atomic and not any(atomic)  # in the interpreter, which does one thing after the other, nothing else tells
+        assert atomic and not any(atomic)  # the interpreter does one thing after the other: nothing else tells
 
     def test_neighbor_conv_takes_any_memory_layout(self):
         from convnn_timm.ops.triton.neighbor_conv import neighbor_conv

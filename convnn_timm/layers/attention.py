@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
-from convnn_timm.ops.chunks import no_autocast
+from convnn_timm.ops._common import no_autocast
 from .base import NeighborLayer, map_to_tokens, with_own_first
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']

@@ -12,8 +12,8 @@ from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, ceil_div, in
 from .script import ScriptedWhole
 
 __all__ = [
-    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'AGGREGATION_TYPES',
-    'SIMILARITY_TYPES',
+    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'map_to_tokens', 'with_own_first',
+    'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
 ]
 
 SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
@@ -55,7 +55,7 @@ def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
 class NeighborLayer(ScriptedWhole):
     """Arguments, checks and token bookkeeping of a layer that selects neighbours.
 
-    Forward is `enter` (check, unshuffle), `pad`, select, aggregate, `leave` (tokens to map, shuffle). Tokens are the
+    Forward is `enter` (check, unshuffle), `pad`, select, aggregate, `to_map`, `leave_map` (shuffle). Tokens are the
     positions of the padded map in raster order; every index speaks of them.
     """
     axes: int  # of the map: 1 or 2
@@ -140,11 +140,8 @@ class NeighborLayer(ScriptedWhole):
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         return F.pad(x, (self.padding,) * (2 * self.axes))
 
-    def leave(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Tokens (B, Q, C) of the unpadded map `size` back to a map (B, C, *size / stride), shuffled."""
-        return self.leave_map(self.to_map(y, size))
-
     def to_map(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Output tokens (B, Q, C) of the unpadded map `size` as a map (B, C, *size / stride)."""
         return y.unflatten(1, [ceil_div(n, self.stride) for n in size]).movedim(self.axes + 1, 1)
 
     def leave_map(self, y: torch.Tensor) -> torch.Tensor:

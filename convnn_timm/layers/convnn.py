@@ -1,7 +1,7 @@
 """ConvNN: convolution over nearest neighbours.
 
-Every position gathers its K most similar positions, by feature ('Col'), by location ('Loc') or by both ('Loc_Col'), itself
-first, and applies one weight per neighbour rank. Chosen by location alone this is an ordinary convolution.
+Every position gathers its K most similar positions, by feature ('Col'), by location ('Loc') or by both ('Loc_Col'),
+itself first, and applies one weight per neighbour rank. Chosen by location alone this is an ordinary convolution.
 
 Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
 """
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
-from convnn_timm.ops.chunks import widen
+from convnn_timm.ops._common import widen
 from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens, with_own_first
 from .coordinates import centered_positions, similarity_coordinates
 from .sampling import Lattice, ceil_div, in_output_order, unpadded_positions
@@ -39,8 +39,8 @@ class _ConvNN(NeighborLayer):
         dilation: Positions choose among those that lie a multiple of so many steps away on each axis of the padded map.
             Every such lattice of positions is a map of its own, with its own `num_samples`.
         groups: Blocks of channels that are convolved by themselves, as in a convolution. All channels are compared.
-        sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch, from
-            torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
+        sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch,
+            from torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
             `num_samples` positions per axis. Where `num_samples` exceeds the map, all are candidates.
         num_samples: See sampling_type; -1 for 'all'.
         sample_padding: Distance of the 'spatial' grid from the border.
@@ -50,8 +50,8 @@ class _ConvNN(NeighborLayer):
         similarity_type: Compare features ('Col'), locations ('Loc') or both ('Loc_Col').
         aggregation_type: Aggregate features ('Col') or features with their coordinates ('Loc_Col').
         lambda_param: Weight of the features against 1 - lambda_param of the coordinates in 'Loc_Col' similarity.
-        neighbor_init: How the weights of all ranks but the position itself start: 'random' (the paper's) or 'zero', so that
-            the layer starts as a 1x1 convolution and learns to use its neighbours.
+        neighbor_init: How the weights of all ranks but the position itself start: 'random' (the paper's) or 'zero', so
+            that the layer starts as a 1x1 convolution and learns to use its neighbours.
         bias: Learn a bias.
 
     Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
@@ -141,7 +141,8 @@ class _ConvNN(NeighborLayer):
         else:
             index = self._select(padded, size)
         tokens = map_to_tokens(self.aggregated(padded))
-        return self.leave(neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups), size)
+        y = neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups)
+        return self.leave_map(self.to_map(y, size))
 
     def _aggregate_few(
             self,
@@ -183,7 +184,7 @@ class _ConvNN(NeighborLayer):
             x = self.aggregated(padded)
             for axis, n in enumerate(size, start=2):
                 x = x.narrow(axis, self.padding, n)
-        for axis in range(2, x.ndim):  # not the convolution's stride: with few channels, channels_last, it crashed torch
+        for axis in range(2, x.ndim):  # not the convolution's stride: with few channels_last channels it crashed torch
             x = x[(slice(None),) * axis + (slice(None, None, self.stride),)]
         conv = F.conv2d if self.axes == 2 else F.conv1d
         return conv(x, weight, self.bias, groups=self.groups)
@@ -195,7 +196,7 @@ class _ConvNN(NeighborLayer):
             padded: torch.Tensor,
             size: Tuple[int, ...],
     ) -> torch.Tensor:
-        """Tokens (B, M, C) at a few positions of the padded map, taken from x so that no gradient takes the way around."""
+        """Tokens (B, M, C) at a few positions of the padded map, taken from x to spare the gradient the way around."""
         if self.aggregation_type == 'Loc_Col':
             return map_to_tokens(self.aggregated(padded)).index_select(1, positions)
         place, inside = unpadded_positions(positions, size, self.padding)
@@ -213,9 +214,9 @@ class _ConvNN(NeighborLayer):
         return torch.cat([self.lambda_param * features, (1 - self.lambda_param) * coordinates], dim=1)
 
     def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """(1, Q, K), in raster order: the same for all images and, but for a random draw, always. So it is found once."""
+        """(1, Q, K), in raster order: the same for all images and, but for a random draw, always. So found once."""
         drawn = self.sampling_type == 'random' and self.training
-        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # or where an operator of ours may not stay
+        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # or no operator of ours may stay
             return self._find_by_location(size, device)
         return _neighbors_by_location(size, device, *[getattr(self, name) for name in BY_LOCATION])
 
@@ -236,7 +237,7 @@ class _ConvNN(NeighborLayer):
         return lattice.positions(grid_neighbors(lattice.size, self.K, starts, stride, stops, device))
 
     def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, every position itself first."""
+        """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, own position first."""
         queries = self.queries(size, features.device)
         if self.K == 1:
             return with_own_first(queries, None, features.shape[0])
@@ -245,7 +246,7 @@ class _ConvNN(NeighborLayer):
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The candidates' raster indices (M,), and which of them are a position's K - 1 other neighbours (B, Q, K - 1)."""
+        """The candidates' raster indices (M,), and which of them are a position's other neighbours (B, Q, K - 1)."""
         tokens, lattices = map_to_tokens(features), self.lattices(size)
         found = [self._search_on(lattice, tokens) for lattice in lattices]
         if len(found) == 1:
@@ -316,7 +317,7 @@ def _neighbors_by_location(
         sample_padding: int,
         magnitude_type: str,
 ) -> torch.Tensor:
-    """Neighbours (1, Q, K) by location, remembered. An operator, so that a compiled network need not find them again."""
+    """Neighbours (1, Q, K) by location, remembered. An operator, or a compiled network would find them each time."""
     arguments = K, stride, padding, dilation, sampling_type, num_samples, sample_padding, magnitude_type
     return _remembered(tuple(size), device, *arguments).clone()  # which the caller may write into
 

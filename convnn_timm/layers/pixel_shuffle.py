@@ -1,6 +1,6 @@
 """Trade positions for channels: pixel (un)shuffle for sequences, and by name of pattern for any number of axes.
 
-The 1-D pair is the paper code's: it cuts each channel into `scale` contiguous pieces. (2-D is torch's, which interleaves.)
+The 1-D pair is the paper code's: it cuts each channel into `scale` contiguous pieces. (2-D is torch's: interleaved.)
 """
 import torch
 import torch.nn as nn

@@ -144,8 +144,8 @@ def candidate_positions(
         lattice: Where they lie. In what follows it is the map.
         k: How many neighbours will be selected.
         sampling_type: 'all'; 'random': `num_samples` tokens of the padded map, drawn from torch's generator in training
-            and the same pseudo-random ones in every evaluation; 'spatial': a regular grid of `num_samples` positions per
-            axis, from `sample_padding` to the far side less `sample_padding`: of the unpadded map's in 2-D, of the
+            and the same pseudo-random ones in every evaluation; 'spatial': a regular grid of `num_samples` positions
+            per axis, from `sample_padding` to the far side less `sample_padding`: of the unpadded map's in 2-D, of the
             padded signal's in 1-D (as in the paper's code). A number that exceeds the map selects 'all'.
         equal_padding: Padded tokens are all alike to the similarity. Then only the first k of them can ever be selected
             (equal scores go to the lower index), and `all` leaves out the others.
@@ -167,7 +167,7 @@ def candidate_positions(
 def _without_equal_padding(lattice: Lattice, k: int, device: Optional[torch.device]) -> torch.Tensor:
     """The inner positions and the first k of the padding, ascending.
 
-    In raster order the padding lies before the first inner row, in equal gaps between the inner rows, and after the last.
+    In raster order the padding lies before the first inner row, in equal gaps between the rows, and after the last.
     """
     first = lattice.own([steps.start for steps in lattice.inner])
     row, width = lattice.size[-1], lattice.inner_size[-1]

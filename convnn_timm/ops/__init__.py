@@ -1,4 +1,4 @@
-"""Stateless tensor functions of ConvNN: select neighbours (`knn`, `grid_neighbors`), aggregate over them (`neighbor_conv`).
+"""Stateless tensor functions of ConvNN: select neighbours (`knn`, `grid_neighbors`), aggregate them (`neighbor_conv`).
 
 `reference` holds the same functions as short definitions that every path here is tested against.
 """

@@ -1,17 +1,17 @@
 """Select neighbours exactly: `knn` by feature, `grid_neighbors` by location.
 
-Ranks need less than scores: dividing by the query's norm (cosine) or subtracting it (euclidean) changes no order, so one
-matrix product against prepared candidates ranks them. It runs chunk by chunk of queries; no Q x M tensor is kept.
+Ranks need less than scores: dividing by the query's norm (cosine) or subtracting it (euclidean) changes no order, so
+one matrix product against prepared candidates ranks them. It runs chunk by chunk of queries; no Q x M tensor is kept.
 """
 from typing import List, Optional, Tuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .chunks import batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
+from ._common import batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 from .reference import inverse_norm
-from .topk import few, topk_of_columns, topk_of_rows
+from .topk import can_sort_columns, topk_of_columns, topk_of_rows
 
 __all__ = ['knn', 'grid_neighbors']
 
@@ -46,12 +46,14 @@ def knn(
         raise ValueError(f'unknown metric {metric!r}, valid are {", ".join(METRICS)}')
     if query.ndim != 3 or candidates.ndim != 3 or query.shape[::2] != candidates.shape[::2]:
         raise ValueError(
-            f'knn takes query (B, Q, C) and candidates (B, M, C), not {tuple(query.shape)} and {tuple(candidates.shape)}')
+            f'knn takes query (B, Q, C) and candidates (B, M, C), '
+            f'not {tuple(query.shape)} and {tuple(candidates.shape)}')
     refuse_forward_mode(query, candidates)
     if not 1 <= k <= candidates.shape[1]:
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
     if exclude is not None and exclude.shape != query.shape[1:2]:
-        raise ValueError(f'exclude names one candidate for each of {query.shape[1]} queries, but is {tuple(exclude.shape)}')
+        raise ValueError(
+            f'exclude names one candidate for each of {query.shape[1]} queries, but is {tuple(exclude.shape)}')
     with no_autocast(query):
         query, candidates = widen(query), widen(candidates)
         select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
@@ -101,7 +103,7 @@ def _knn(
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
-    by_column = few(query.dtype, query.device, M, k)
+    by_column = can_sort_columns(query.dtype, query.device, M, k)
     # Of few candidates the scores of a chunk stay in a core's cache, with the keys that are sorted.
     bytes_per_query = M * query.element_size() * (16 if by_column else 1)
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .chunks import CHUNK_BYTES, batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
+from ._common import (
+    CHUNK_BYTES, batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen)
 from .paths import choose
 
 __all__ = ['neighbor_conv']
@@ -139,7 +140,7 @@ def _gather_backward(grad, x, index, weight, score, groups):
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice, torch.Tensor]]:
-    """Chunks of gathered rows (n * q, K, C) with the images and queries that they belong to; the next reuses the memory."""
+    """Chunks of gathered rows (n * q, K, C) with the images and queries they belong to; the next reuses the memory."""
     (B, T, C), (_, Q, K) = x.shape, index.shape
     x = x.contiguous()
     buffer = None
@@ -275,7 +276,7 @@ def _neighbor_conv_backward(
         score: Optional[torch.Tensor],
         groups: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to x, weight and score (empty without a score); sums over neighbours and tokens are taken in float32."""
+    """Gradients to x, weight and score (empty without a score); sums over neighbours and tokens are in float32."""
     if choose('neighbor_conv', x, weight, groups) == 'triton':
         from .triton.neighbor_conv import neighbor_conv_backward as backward
     else:

@@ -1,14 +1,14 @@
 """The k largest of a row, in order and exactly: of equal values the first come first, and win the last place.
 
-torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` takes about half its time on a CPU
-where there are few values to choose from. NaN counts as the largest, as in torch.topk.
+torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` takes about half its time on a
+CPU where there are few values to choose from. NaN counts as the largest, as in torch.topk.
 """
 from typing import Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['few', 'topk_of_columns', 'topk_of_rows']
+__all__ = ['can_sort_columns', 'topk_of_columns', 'topk_of_rows']
 
 
 def topk_of_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -46,17 +46,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 # Few values: a sorting network
 
-def few(score_dtype: torch.dtype, device: torch.device, M: int, k: int) -> bool:
+def can_sort_columns(dtype: torch.dtype, device: torch.device, M: int, k: int) -> bool:
     """Whether `topk_of_columns` takes such scores, and is the faster one."""
-    return score_dtype == torch.float32 and device.type == 'cpu' and M <= 96 and k <= 16
+    return dtype == torch.float32 and device.type == 'cpu' and M <= 96 and k <= 16
 
 
 def topk_of_columns(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Values and indices (k, N) of the k largest of each column, (M, N) float32.
 
     Runs of the smallest power of two that holds k are sorted, then merged in pairs of which the larger half is kept, by
-    exchanges that work on all columns at once (Batcher's bitonic sort). What is exchanged is a value with its index in one
-    integer, so that no two are equal.
+    exchanges that work on all columns at once (Batcher's bitonic sort). What is exchanged is a value with its index in
+    one integer, so that no two are equal.
     """
     M, length = len(score), 1 << (k - 1).bit_length()
     keys = F.pad(_pack(score), (0, 0, 0, -M % length), value=torch.iinfo(torch.int64).min)
@@ -69,7 +69,7 @@ def topk_of_columns(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Te
 
 
 def _pack(score: torch.Tensor) -> torch.Tensor:
-    """int64 that are ordered like (score, -index). A float's bits are ordered like an integer, negative ones reversed."""
+    """int64 ordered like (score, -index). A float's bits are ordered like an integer, negative ones reversed."""
     score = score + 0.  # -0. becomes 0.
     if score.sum().isnan():
         score.masked_fill_(score.isnan(), torch.nan)  # one of its many
@@ -90,7 +90,8 @@ def _sort(runs: torch.Tensor) -> torch.Tensor:
     runs = runs.flatten(0, 1).unsqueeze(1)
     while length < whole:
         runs = runs.unflatten(0, (-1, 2))
-        runs = _sort_bitonic(_exchange(runs[:, 0], runs[:, 1].flip(1)).flatten(0, 1)).unflatten(0, (-1, 2)).flatten(1, 2)
+        runs = _sort_bitonic(_exchange(runs[:, 0], runs[:, 1].flip(1)).flatten(0, 1))
+        runs = runs.unflatten(0, (-1, 2)).flatten(1, 2)
         length *= 2
     return runs
 

@@ -1,4 +1,4 @@
-"""What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, one derivative only."""
+"""What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, which derivatives."""
 from contextlib import AbstractContextManager, nullcontext
 from typing import Callable, Iterator, Optional, Tuple
 
@@ -68,5 +68,5 @@ def refuse_forward_mode(*tensors: Optional[torch.Tensor]) -> None:
     """Make a derivative in forward mode, which torch would take for zero, a clear error."""
     if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
-            'ConvNN layers have derivatives in reverse mode only: torch.func.jvp, jacfwd and other forward modes cannot go '
-            'through them. convnn_timm.ops.reference has definitions of the ops that have both.')
+            'ConvNN layers have derivatives in reverse mode only: torch.func.jvp, jacfwd and other forward modes '
+            'cannot go through them. convnn_timm.ops.reference has definitions of the ops that have both.')
