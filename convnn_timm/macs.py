@@ -1,11 +1,12 @@
-""" Cost of a model: multiply-accumulates, counted operator by operator."""
-from typing import Tuple
+"""Cost of a model: multiply-accumulates, counted operator by operator."""
+from contextlib import contextmanager
+from typing import Iterator, Tuple
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs']
+__all__ = ['count_macs', 'evaluation_mode']
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32)) -> int:
@@ -24,13 +25,20 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     """
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
+    with torch.no_grad(), evaluation_mode(model):
+        model(image)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back in its own afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        with torch.no_grad():
-            model.eval()(image)
-            with FlopCounterMode(display=False) as counter:
-                model(image)
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return counter.get_total_flops() // 2

@@ -4,15 +4,15 @@ Positions are (row, column) on the map that a layer receives (after its pixel-un
 outside the map is padding. `visualize` draws all this.
 """
 import csv
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from convnn_timm.conversion import Aligned
 from convnn_timm.layers.base import NeighborLayer
+from convnn_timm.macs import evaluation_mode
 
 __all__ = [
     'LayerNeighbors', 'LayerStats', 'capture_neighbors', 'neighbor_layers', 'neighbor_stats', 'window_neighbors',
@@ -91,7 +91,7 @@ def capture_neighbors(
             watch(name, layer)
     weight = next(iter(found.values())).weight
     try:
-        with _evaluation(model):
+        with evaluation_mode(model):
             model(images.to(weight.device, weight.dtype))
     finally:
         for handle in handles:
@@ -103,17 +103,6 @@ def window_neighbors(neighbors: LayerNeighbors) -> LayerNeighbors:
     """The same for the convolution in the layer's place: index is the window around each position, (1, Q, k * k, 2)."""
     side = neighbors.dilation * (torch.arange(neighbors.window) - neighbors.window // 2)
     return neighbors._replace(index=neighbors.query.unsqueeze(1).add(torch.cartesian_prod(side, side)).unsqueeze(0))
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _window(model: nn.Module, name: str, layer: NeighborLayer) -> int:
