@@ -11,6 +11,10 @@ __all__ = ['ImageError', 'image_mode', 'read_image']
 class ImageError(ValueError):
     """A file that cannot be read as an image; the message names it."""
 
+    def __init__(self, message: str):
+        # A DataLoader raises its worker's error anew, with the worker's traceback as the message: its last line counts.
+        super().__init__(message.rpartition(f'{ImageError.__qualname__}: ')[2].strip())
+
 
 def image_mode(channels: int) -> str:
     """Pillow's name for images of so many channels.

@@ -319,13 +319,15 @@ def copied(images, folder):
     return folder
 
 
+@pytest.mark.parametrize('workers', ['0', '1'])
 @pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
-def test_an_unreadable_image_is_not_replaced_by_another(flags, images, tmp_path, cache):
+def test_an_unreadable_image_is_not_replaced_by_another(flags, images, tmp_path, cache, workers):
     data = copied(images, tmp_path / 'data')
     bad = data / 'validation' / 'cat' / '3.png'
     bad.write_text('not an image')
-    with pytest.raises(SystemExit, match=f'{bad}: not an image'):
-        main([*flags, cache, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit) as error:
+        main([*flags, cache, '--workers', workers, '--data-dir', str(data), '--output', str(tmp_path / 'out')])
+    assert str(error.value) == f'error: {bad}: not an image'
 
 
 def test_classes_that_differ_are_named(flags, images, tmp_path):
