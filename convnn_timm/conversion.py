@@ -16,9 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import Conv2dSame, register_notrace_module
+from timm.layers import Conv2dSame
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
+from .layers.script import record_call
 from .macs import count_macs
 
 __all__ = ['ConversionReport', 'convert']
@@ -314,7 +315,6 @@ def _disc(side: int) -> List[Tuple[int, int]]:
     return [(y, x) for y, x in _square(math.isqrt(corner)) if y * y + x * x <= corner]
 
 
-@register_notrace_module
 class Aligned(nn.Module):
     """A layer in place of a convolution that pads more or less than half its window.
 
@@ -346,6 +346,9 @@ class Aligned(nn.Module):
         self.padding = padding
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):
+                return record_call(self, x)
         top, bottom, first_row, rows = self.align(x.shape[2], 0)
         left, right, first_column, columns = self.align(x.shape[3], 1)
         x = self.layer(F.pad(x, (left, right, top, bottom)))

@@ -402,13 +402,14 @@ def test_a_feature_extractor_is_converted_too(name):
     assert [f.shape[1] for f in after] == model.feature_info.channels()
 
 
-def test_scripted():
+@pytest.mark.parametrize('record', [torch.jit.script, torch.fx.symbolic_trace])
+def test_scripted_and_traced(record):
     model = convert_on('cpu', where='layer*', K=5).eval()
     convolution = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), Conv2dSame(8, 8, 3, stride=2)).eval()
     convert(convolution, K=5)
     x = torch.randn(1, 3, 40, 40)
     for module in model, convolution:
-        torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+        torch.testing.assert_close(record(module)(x), module(x))
 
 
 # Saved and rebuilt

@@ -1,4 +1,4 @@
-"""Networks leave Python: torch.export, torch.compile, ONNX, on photographs that scikit-learn ships.
+"""Networks leave Python: torch.export, torch.compile, torch.fx, ONNX, on photographs that scikit-learn ships.
 
 Whole ResNets take minutes to export, so by default these are of two blocks; `-m slow` runs the whole ones.
 """
@@ -10,9 +10,13 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from timm.models import create_feature_extractor
 from timm.models.resnet import downsample_conv
+from torch.fx.experimental.optimization import fuse
+from torchvision.models import feature_extraction
 from torchvision.transforms.functional import normalize, to_tensor
 
+from convnn_timm.layers import Branching1d, ConvNN1d, ConvNNAttention1d
 from convnn_timm.models.convnn_resnet import ConvNNBasicBlock
 from convnn_timm.onnx_export import TOLERANCE, compare_onnx, export_onnx, sensitivity
 
@@ -111,6 +115,30 @@ def test_what_loc_keeps_from_other_calls_does_not_make_a_network_compile_again()
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert 0 < graphs.count <= 2
+
+
+@pytest.mark.parametrize('layer', [*LAYERS, 'conv2d_new', 'convnn_branching_attn'])
+def test_torch_fx_records_a_network_whose_layers_stay_modules(layer):
+    options = dict(channels=(8, 8, 16, 16), sampling_type='spatial', num_samples=4, magnitude_type='euclidean')
+    model = timm.create_model(f'resnet18_{layer}', zero_init_last=False, **options).double().train()
+    graph, x = torch.fx.symbolic_trace(model), photos(4).double()
+    outputs, gradients = [], []
+    for module in model, graph:
+        torch.manual_seed(0)
+        outputs.append(module(x))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), list(model.parameters())))
+    assert torch.equal(*outputs) and all(torch.equal(*pair) for pair in zip(*gradients))
+    model.eval(), graph.eval()
+    torch.testing.assert_close(fuse(graph)(x), model(x), rtol=1e-9, atol=1e-9)
+    for extractor in create_feature_extractor, feature_extraction.create_feature_extractor:
+        assert torch.equal(extractor(model, ['layer2'])(x)['layer2'], model.forward_intermediates(x)[1][2])
+
+
+def test_torch_fx_records_layers_for_sequences():
+    net, x = nn.Sequential(ConvNN1d(3, 8), ConvNNAttention1d(8, 8), Branching1d(8, 4)).eval(), torch.randn(2, 3, 20)
+    for graph in torch.fx.symbolic_trace(net), create_feature_extractor(net, {'2': 'last'}):
+        y = graph(x)
+        assert torch.equal(y if isinstance(y, torch.Tensor) else y['last'], net(x))
 
 
 def agreement(model, path, size, dynamic):

@@ -86,17 +86,19 @@ class _Hybrid(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            check_input(x, self.axes, self.in_channels)
+            if not isinstance(x, torch.fx.Proxy):  # which torch.fx records with, and has no shape yet
+                check_input(x, self.axes, self.in_channels)
         if self.branch1 is None:
             x = self.branch2(x)
         elif self.branch2 is None:
             x = self.branch1(x)
         else:
             x1, x2 = self.branch1(x), self.branch2(x)
-            if not torch.jit.is_scripting() and x1.shape[2:] != x2.shape[2:]:
-                raise ValueError(
-                    f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
-                    f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
+            if not torch.jit.is_scripting():
+                if not isinstance(x, torch.fx.Proxy) and x1.shape[2:] != x2.shape[2:]:
+                    raise ValueError(
+                        f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
+                        f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
             x = torch.cat([x1, x2], dim=1)
         if self.branch_norm is not None:
             x = self.branch_norm(x)

@@ -1,6 +1,7 @@
 """TorchScript: a scripted network calls one of these layers as a single operator, which runs the layer's Python code.
 
-A scripted file can be saved and loaded, as long as convnn_timm is imported where it runs.
+A scripted file can be saved and loaded, as long as convnn_timm is imported where it runs. torch.fx, which cannot follow
+the control flow of these layers either, records the call of the whole module.
 """
 import importlib
 import inspect
@@ -11,7 +12,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 
-__all__ = ['ScriptedWhole']
+__all__ = ['ScriptedWhole', 'record_call']
 
 _library = torch.library.Library('convnn_timm', 'FRAGMENT')
 _library.define('layer(Tensor x, Tensor?[] tensors, str spec, bool training) -> Tensor')
@@ -34,7 +35,7 @@ class ScriptedWhole(nn.Module):
         if torch.jit.is_scripting():
             return torch.ops.convnn_timm.layer(x, self.tensors(), self.spec, self.training)
         else:
-            return self.compute(x)
+            return record_call(self, x) if isinstance(x, torch.fx.Proxy) else self.compute(x)
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +43,11 @@ class ScriptedWhole(nn.Module):
 
     def tensors(self) -> List[Optional[torch.Tensor]]:
         return [self.weight, self.bias]
+
+
+def record_call(module: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """What a module returns to torch.fx that is to stay one module in its graph."""
+    return x.tracer.create_proxy('call_module', x.tracer.path_of_module(module), (x,), {})
 
 
 def layer_spec(layer: nn.Module) -> str:

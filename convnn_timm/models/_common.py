@@ -4,7 +4,6 @@ from typing import Any, Callable, Dict, Tuple
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import register_notrace_module
 
 from convnn_timm.layers import (
     Branching2d,
@@ -18,11 +17,6 @@ from convnn_timm.layers import (
 __all__ = [
     'add_input_noise', 'cifar_cfg', 'check_complete', 'entrypoint', 'imagenet_cfg', 'init_convnn_weights', 'sampled',
     'split_layer_args']
-
-# FX can't symbolically trace control flow that depends on shapes.
-for _layer in (Branching2d, BranchingAttention2d, ConvNN2d, ConvNNAttention2d, CoordConv2d):
-    register_notrace_module(_layer)
-
 
 def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Split a model's keyword arguments into those of its ConvNN layers and the rest."""
