@@ -65,7 +65,6 @@ HELP = dict(
     input_size='channels height width; default: the model\'s',
     drop='dropout rate of the head',
     device='default: cuda if there is one, else cpu',
-    amp_dtype='float16 or bfloat16',
     batch_size='images per step and process',
     opt_kwargs='further arguments of the optimizer',
     lr='default: --lr-base times --batch-size / --lr-base-size',
@@ -81,10 +80,24 @@ HELP = dict(
     log_interval='batches between two lines of progress',
 )
 SHORT = dict(batch_size='-b', validation_batch_size='-vb', workers='-j')
-COUNT = dict(input_size=3, model_kwargs='*', convert='+', opt_kwargs='*', torchcompile='?')
-COUNTS = (
-    'batch_size', 'checkpoint_hist', 'crop_padding', 'epochs', 'grad_accum_steps', 'holdout', 'log_interval', 'seed',
-    'train_sizes', 'validation_batch_size', 'workers')
+COUNT = dict(input_size=3, scale=2, ratio=2, model_kwargs='*', convert='+', opt_kwargs='*', torchcompile='?')
+# What timm would refuse late, in words of its own, or not at all.
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+CHOICES = dict(
+    interpolation=INTERPOLATIONS, amp_dtype=('float16', 'bfloat16'), clip_mode=('norm', 'value', 'agc'),
+    lr_base_scale=('linear', 'sqrt'), train_crop_mode=('rrc', 'rkrc', 'rkrr'),
+    train_interpolation=(*INTERPOLATIONS, 'random'), remode=('pixel', 'rand', 'const'),
+    mixup_mode=('batch', 'pair', 'elem'))
+RANGES = {
+    '1 or more': (lambda x: x >= 1, (
+        'batch_size', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'log_interval', 'recount', 'train_sizes',
+        'validation_batch_size')),
+    '0 or more': (lambda x: x >= 0, ('crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
+    'from 0 to 1': (lambda x: 0 <= x <= 1, (
+        'hflip', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay', 'reprob', 'vflip')),
+    '0 or more and less than 1': (lambda x: 0 <= x < 1, ('drop', 'drop_path', 'smoothing')),
+    'more than 0 and at most 1': (lambda x: 0 < x <= 1, ('crop_pct',)),
+}
 # Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
 
@@ -120,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
             elif kind is dict:
                 options.update(action=ParseKwargs, metavar='KEY=VALUE')
             else:
-                options.update(type=kind, metavar={int: 'N', float: 'X', str: 'TEXT'}[kind])
+                sort = {int: 'N', float: 'X', str: 'TEXT'}[kind]
+                options.update(type=kind, metavar='|'.join(CHOICES.get(name, [sort])))
             if name in COUNT or isinstance(default, list):
                 options['nargs'] = COUNT.get(name, '+')
             if name == 'torchcompile':
@@ -170,15 +184,15 @@ def check_type(source: str, key: str, value: Any) -> None:
     """What the parser makes of a text it also makes of a recipe's; the rest must have the right type already."""
     default = next((arguments[key] for arguments in ARGUMENTS.values() if key in arguments), None)
     kind = kind_of(default)
-    each = kind_of(default[0]) if kind is list else None
+    each, count = kind_of(default[0]) if kind is list else None, COUNT.get(key)
+    numbers = ' '.join(filter(None, [str(count or ''), 'integers' if each is int else 'numbers']))
     types, words = {
-        bool: (bool, 'true or false'), dict: (dict, 'names with values'),
-        list: (list, 'a list of integers' if each is int else 'a list of numbers'),
+        bool: (bool, 'true or false'), dict: (dict, 'names with values'), list: (list, f'a list of {numbers}'),
         int: ((int, str), 'an integer'), float: ((int, float, str), 'a number'),
     }.get(kind, ((str, int, float), 'text'))
     fits = isinstance(value, types) and not (isinstance(value, bool) and kind in (int, float))
     if each and fits:
-        fits = all(isinstance(number, (int, each)) for number in value)
+        fits = all(isinstance(number, (int, each)) for number in value) and count in (None, len(value))
     if default is not None and value is not None and not fits:
         raise UsageError(f'{source}: {key} must be {words}, not {value!r}')
 
@@ -206,11 +220,22 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error(f'--device {args.device}: there is none here; try --device cpu')
     if args.sched == 'plateau':
         parser.error('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
-    for name in COUNTS:
-        least = 0 if name in ('holdout', 'seed', 'workers', 'crop_padding') else 1
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value], default=least) < least:
-            parser.error(f'--{name.replace("_", "-")} must be {least} or more, got {value}')
-    if args.amp_dtype not in ('float16', 'bfloat16'):
-        parser.error(f'--amp-dtype {args.amp_dtype}: float16 or bfloat16')
+    check_values(parser, args)
     return args
+
+
+def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values out of range, from wherever they come, before anything is made."""
+    for name, valid in CHOICES.items():
+        value = getattr(args, name)
+        if value and value not in valid:
+            parser.error(f'--{name.replace("_", "-")} must be one of {", ".join(valid)}, got {value}')
+    for words, (fits, names) in RANGES.items():
+        for name in names:
+            value = getattr(args, name)
+            if not all(number is None or fits(number) for number in (value if isinstance(value, list) else [value])):
+                parser.error(f'--{name.replace("_", "-")} must be {words}, got {value}')
+    if args.opt_betas and len(args.opt_betas) < 2:
+        parser.error(f'--opt-betas must be two numbers or more, got {args.opt_betas}')
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f'--mixup and --cutmix pair the images: --batch-size must be even, got {args.batch_size}')

@@ -253,16 +253,19 @@ def test_recipes_of_the_package():
     ("amp: 'false'", "amp must be true or false, not 'false'"),
     ('epochs: 1.5', 'epochs must be an integer, not 1.5'),
     ('lr: [0.1]', 'lr must be a number, not [0.1]'),
-    ('scale: 0.08', 'scale must be a list of numbers, not 0.08'),
+    ('scale: 0.08', 'scale must be a list of 2 numbers, not 0.08'),
     ('model_kwargs: K=5', "model_kwargs must be names with values, not 'K=5'"),
     ('train_sizes: [16, half]', "train_sizes must be a list of integers, not [16, 'half']"),
     ('train_sizes: [16, 24.5]', 'train_sizes must be a list of integers, not [16, 24.5]'),
+    ('ratio: [1]', 'ratio must be a list of 2 numbers, not [1]'),
+    ('clip_mode: foo', '--clip-mode must be one of norm, value, agc, got foo'),
+    ("hflip: '3'", '--hflip must be from 0 to 1, got 3.0'),
 ])
-def test_wrong_recipe(tmp_path, text, message):
+def test_wrong_recipe(tmp_path, text, message, capsys):
     (tmp_path / 'wrong.yaml').write_text(text)
     with pytest.raises(SystemExit) as error:
         main(['-c', str(tmp_path / 'wrong.yaml'), 'x'])
-    assert message in str(error.value)
+    assert message in f'{error.value} {capsys.readouterr().err}'
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -270,7 +273,20 @@ def test_wrong_recipe(tmp_path, text, message):
     ([], '--data-dir DIR'),
     (['x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
     (['x', '--sched', 'plateau'], 'plateau is not supported'),
-    (['x', '--amp-dtype', 'float8'], 'float16 or bfloat16'),
+    (['x', '--amp-dtype', 'float8'], '--amp-dtype must be one of float16, bfloat16, got float8'),
+    (['x', '--interpolation', 'random'], '--interpolation must be one of nearest, '),
+    (['x', '--train-interpolation', 'foo'], '--train-interpolation must be one of nearest, '),
+    (['x', '--train-crop-mode', 'foo'], '--train-crop-mode must be one of rrc, rkrc, rkrr, got foo'),
+    (['x', '--remode', 'foo'], '--remode must be one of pixel, rand, const'),
+    (['x', '--mixup-mode', 'foo'], '--mixup-mode must be one of batch, pair, elem'),
+    (['x', '--lr-base-scale', 'foo'], '--lr-base-scale must be one of linear, sqrt'),
+    (['x', '--smoothing', '1'], '--smoothing must be 0 or more and less than 1, got 1.0'),
+    (['x', '--model-ema-decay', '5'], '--model-ema-decay must be from 0 to 1'),
+    (['x', '--crop-pct', '2'], '--crop-pct must be more than 0 and at most 1, got 2.0'),
+    (['x', '--mixup', 'nan'], '--mixup must be 0 or more, got nan'),
+    (['x', '--scale', '0.5'], 'argument --scale: expected 2 arguments'),
+    (['x', '--opt-betas', '0.9'], '--opt-betas must be two numbers or more, got [0.9]'),
+    (['x', '--cutmix', '1', '-b', '7'], '--mixup and --cutmix pair the images: --batch-size must be even, got 7'),
     (['/nowhere'], 'there is no folder /nowhere'),
     (['x', '--train-sizes', '8', '0'], '--train-sizes must be 1 or more, got [8, 0]'),
     (['x', '--epochs', '0'], '--epochs must be 1 or more, got 0'),
