@@ -10,7 +10,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
-from convnn_timm.layers import LAYER_TYPES, Branching2d, layer_arguments
+from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, layer_arguments
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
@@ -61,8 +61,8 @@ def test_every_layer_argument_is_a_keyword_of_every_model(name):
     with torch.device('meta'):
         model = timm.create_model(name, **arguments, num_classes=10, input_noise=0.1, device='meta')
         assert model(images().to('meta')).shape == (2, 10)
-        with pytest.raises(TypeError, match='neighbours'):
-            timm.create_model(name, neighbours=9, device='meta')
+        with pytest.raises(TypeError, match='unknown argument k; layer arguments are .*padding, .*K, '):
+            timm.create_model(name, k=9, device='meta')
 
 
 @pytest.mark.parametrize('name, count', [
@@ -187,6 +187,9 @@ def test_classifier_and_input_options():
     assert model(images(channels=1)).shape == (2, 3) and model.global_pool.pool_type == 'max'
     assert model.layer4[1].drop_path is not None
     assert model(images(size=20, channels=1)).shape == (2, 3)  # any size that holds K tokens
+    model = timm.create_model('resnet18_convnn', layers=(1, 2, 1, 1), block_args=dict(attn_layer='se'), **NARROW).eval()
+    assert [len(model.layer1), len(model.layer2)] == [1, 2] and model.layer1[0].se is not None
+    assert isinstance(model.layer1[0].conv1, ConvNN2d) and model(images()).shape == (2, 10)
     for fixed in 'stem_type', 'output_stride', 'stem_width', 'cardinality':
         with pytest.raises(TypeError, match=f'fixed stem and stride and no groups: it takes no {fixed}'):
             timm.create_model('resnet18_convnn', **{fixed: 8})

@@ -1,27 +1,28 @@
 """What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
-from typing import Any, Callable, Dict, Tuple
+import inspect
+from typing import Any, Callable, Dict, Tuple, Type
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from convnn_timm.layers import (
-    Branching2d,
-    BranchingAttention2d,
-    ConvNN2d,
-    ConvNNAttention2d,
-    CoordConv2d,
-    layer_arguments,
-)
+from convnn_timm.layers import Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
 
 __all__ = [
-    'add_input_noise', 'cifar_cfg', 'check_complete', 'entrypoint', 'imagenet_cfg', 'init_convnn_weights', 'sampled',
-    'split_layer_args']
+    'add_input_noise', 'cifar_cfg', 'check_complete', 'check_known', 'entrypoint', 'imagenet_cfg',
+    'init_convnn_weights', 'sampled', 'split_layer_args']
+
 
 def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Split a model's keyword arguments into those of its ConvNN layers and the rest."""
     layer_args = {name: value for name, value in kwargs.items() if name in layer_arguments()}
     return layer_args, {name: value for name, value in kwargs.items() if name not in layer_args}
+
+
+def check_known(kwargs: Dict[str, Any], network: Type[nn.Module]) -> None:
+    """Refuse what neither the layers nor timm's network take, which would not name the layers' arguments."""
+    if unknown := sorted(kwargs.keys() - inspect.signature(network).parameters.keys()):
+        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
 
 
 def sampled(layer_args: Dict[str, Any]) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from convnn_timm.layers import LAYER_TYPES, create_layer
 from ._common import (
-    add_input_noise, check_complete, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
+    add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
 from ._weights import find_weights, published_cfg, tagged_names, with_tag_arguments
 
@@ -65,6 +65,7 @@ class ConvNNResNet(ResNet):
             layer_args: Optional[Dict[str, Any]] = None,
             in_chans: int = 3,
             input_noise: float = 0.,
+            block_args: Optional[Dict[str, Any]] = None,
             device=None,
             dtype=None,
             **kwargs,
@@ -77,7 +78,8 @@ class ConvNNResNet(ResNet):
             layer: One of `convnn_timm.layers.LAYER_TYPES`.
             layer_args: Arguments of the layers.
             in_chans: Number of input channels.
-            input_noise: Standard deviation of the noise added to (normalised) images in training.
+            input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
+            block_args: Further arguments of the blocks.
             **kwargs: Arguments of timm's ResNet, except those of the stem, the stride and the groups, which are fixed.
         """
         fixed = {'cardinality', 'output_stride', 'replace_stem_pool', 'stem_type', 'stem_width'} & kwargs.keys()
@@ -85,8 +87,9 @@ class ConvNNResNet(ResNet):
             raise TypeError(
                 f'{type(self).__name__} has a fixed stem and stride and no groups: '
                 f'it takes no {", ".join(sorted(fixed))}')
+        check_known(kwargs, ResNet)
         super().__init__(
-            block, layers, in_chans=in_chans, block_args=dict(layer=layer, layer_args=layer_args),
+            block, layers, in_chans=in_chans, block_args=dict(block_args or {}, layer=layer, layer_args=layer_args),
             device=device, dtype=dtype, **kwargs)
         self.input_noise = float(input_noise)
         if small_stem:
@@ -136,13 +139,14 @@ def _create_convnn_resnet(variant: str, pretrained: bool = False, **kwargs) -> C
     depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
     kwargs = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
     layer_args, kwargs = split_layer_args(kwargs)
+    layers = kwargs.pop('layers', _DEPTHS[depth])
     return build_model_with_cfg(
         ConvNNResNet,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         block=ConvNNBottleneck if depth == 'resnet50' else ConvNNBasicBlock,
-        layers=_DEPTHS[depth],
+        layers=layers,
         small_stem=not large,
         layer=layer,
         layer_args=sampled(layer_args) if large else layer_args,

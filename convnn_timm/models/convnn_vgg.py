@@ -15,7 +15,7 @@ from timm.models.vgg import VGG, cfgs
 
 from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
 from ._common import (
-    add_input_noise, check_complete, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
+    add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
 from ._weights import find_weights, published_cfg, tagged_names, with_tag_arguments
 
@@ -57,10 +57,11 @@ class ConvNNVGG(VGG):
             cfg: Channels of the convolutions, 'M' for max-pools.
             layer: One of `convnn_timm.layers.LAYER_TYPES`.
             layer_args: Arguments of the layers.
-            input_noise: Standard deviation of the noise added to (normalised) images in training.
+            input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             drop_rate: Dropout of the classifier.
             **kwargs: Arguments of timm's VGG.
         """
+        check_known(kwargs, VGG)
         conv_layer = partial(_create_conv, layer=layer, layer_args=layer_args)
         super().__init__(
             cfg, conv_layer=conv_layer, norm_layer=nn.BatchNorm2d, drop_rate=drop_rate, device=device, dtype=dtype,
