@@ -805,13 +805,25 @@ def test_similarity_type_is_checked():
 @pytest.mark.parametrize('args, message', [
     (dict(branch_ratio=1.5), r'branch_ratio must lie in \[0, 1\], got 1.5'),
     (dict(branch_ratio=-.1), 'branch_ratio must lie in'),
+    (dict(branch_ratio='half'), r"branch_ratio must lie in \[0, 1\], got 'half'"),
+    (dict(branch_ratio=(0, 5)), r'branch_ratio must lie in \[0, 1\], got \(0, 5\)'),
+    (dict(out_channels=0), 'out_channels must be at least 1, got 0'),
+    (dict(out_channels=-1, branch_ratio=0.), 'out_channels must be at least 1, got -1'),
+    (dict(in_channels=0), 'in_channels must be at least 1, got 0'),
     (dict(kernel_size=4), 'kernel_size must be odd'),
     (dict(shuffle_pattern='B', shuffle_scale=2), "use 'BA' or 'NA'"),
 ])
 def test_branching_refuses(args, message):
     for layer_type in Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d:
         with pytest.raises(ValueError, match=message):
-            layer_type(3, 4, **args)
+            layer_type(**{'in_channels': 3, 'out_channels': 4, **args})
+
+
+def test_a_share_of_less_than_one_channel_is_warned_of():
+    with pytest.warns(UserWarning, match='branch_ratio=0.1 of 8 channels leaves none to the neighbours'):
+        layer = Branching2d(3, 8, branch_ratio=0.1)
+    with pytest.raises(ValueError, match='branch_ratio=0.1 of 8 channels leaves none to the neighbours'):
+        layer.neighbors(torch.ones(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize('layer_type', LAYERS_2D + [CoordConv2d])
@@ -844,6 +856,18 @@ def test_branching_can_start_as_its_branches_side_by_side(layer, bias):
     layer = layer(3, 8, K=4, branch_ratio=0.25, pointwise_init='identity', bias=bias, dtype=torch.float64).eval()
     x = example(layer)
     assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
+
+
+@pytest.mark.parametrize('layer_type', [Branching1d, BranchingAttention2d])
+def test_branching_starts_anew(layer_type):
+    layer = layer_type(3, 8, K=4, branch_norm=True, pointwise_init='identity', dtype=torch.float64).eval()
+    first, x = copy.deepcopy(layer), example(layer)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 7.)
+    layer.reset_parameters()
+    assert all((parameter != 7).all() for parameter in layer.parameters())
+    assert torch.equal(layer.pointwise_conv.weight, first.pointwise_conv.weight)
+    assert torch.equal(layer.neighbors(x), layer.branch1.neighbors(x))
 
 
 def test_branching_can_start_without_its_neighbours_and_learn_to_use_them():
@@ -887,6 +911,12 @@ def test_a_zero_start_leaves_the_1x1_convolution_its_own_scale():
     assert torch.equal(layer.weight[:, :, 0], conv.weight[..., 0]) and torch.equal(layer.bias, conv.bias)
 
 
+def test_the_coordinate_convolution_shows_what_it_sees():
+    assert str(CoordConv2d(3, 4)).endswith('padding=(1, 1), aggregation_type=Col)')
+    layer = CoordConv2d(3, 4, aggregation_type='Loc_Col', shuffle_pattern='B', shuffle_scale=2)
+    assert str(layer).endswith('aggregation_type=Loc_Col, shuffle_pattern=B, shuffle_scale=2)')
+
+
 def test_branch_sizes():
     for ratio, first in (0, 0), (.3, 2), (.5, 4), (1, 8):
         layer = Branching2d(3, 8, branch_ratio=ratio)
@@ -904,3 +934,6 @@ def test_create_layer_takes_the_arguments_of_all_layers_and_no_others():
         layer = create_layer(layer_type, 4, 8, stride=2, kernel_size=5, dilation=2, groups=2)
         assert layer(torch.ones(1, 4, 8, 8)).shape == (1, 8, 4, 4)
     assert {'K', 'padding', 'num_samples', 'branch_ratio', 'lambda_param'} <= set(layer_arguments())
+    for refuse in partial(create_layer, 'foo', 3, 4), partial(layer_arguments, 'foo'):
+        with pytest.raises(ValueError, match="unknown layer 'foo', valid are 'conv2d', 'conv2d_new', 'convnn', "):
+            refuse()

@@ -12,8 +12,8 @@ from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, ceil_div, in
 from .script import ScriptedWhole
 
 __all__ = [
-    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'map_to_tokens', 'with_own_first',
-    'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
+    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'check_number', 'map_to_tokens',
+    'with_own_first', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
 ]
 
 SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
@@ -32,6 +32,15 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ValueError(f'{name} must be one integer, the same for all axes, got {value!r}') from None
     if value < least:
         raise ValueError(f'{name} must be at least {least}, got {value}')
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    try:
+        fits = least <= value <= most
+    except TypeError:  # no number
+        fits = False
+    if not fits:
+        raise ValueError(f'{name} must lie in [{least}, {most}], got {value!r}')
 
 
 def check_groups(groups: int, channels: int, out_channels: int, coordinates: int) -> None:

@@ -1,11 +1,12 @@
 """Branching: a convolution and ConvNN side by side, mixed by a 1x1 convolution."""
+import warnings
 from typing import Any, Dict, Type
 
 import torch
 import torch.nn as nn
 
 from .attention import ConvNNAttention1d, ConvNNAttention2d
-from .base import NeighborLayer, check_choice, check_input, check_integer
+from .base import NeighborLayer, check_choice, check_input, check_integer, check_number
 from .convnn import ConvNN1d, ConvNN2d
 
 POINTWISE_INITS = ('random', 'identity', 'zero')
@@ -33,8 +34,9 @@ class _Hybrid(nn.Module):
             **neighbor_args,
     ) -> None:
         super().__init__()
-        if not 0 <= branch_ratio <= 1:
-            raise ValueError(f'branch_ratio must lie in [0, 1], got {branch_ratio}')
+        check_integer('in_channels', in_channels, 1)
+        check_integer('out_channels', out_channels, 1)
+        check_number('branch_ratio', branch_ratio, 0, 1)
         check_choice('pointwise_init', pointwise_init, POINTWISE_INITS)
         check_integer('kernel_size', kernel_size, 1)
         if kernel_size % 2 == 0:
@@ -44,6 +46,8 @@ class _Hybrid(nn.Module):
                 f"shuffle_pattern={neighbor_args['shuffle_pattern']!r} changes the size of one branch only: "
                 f"use 'BA' or 'NA'")
         neighbor_channels = int(out_channels * branch_ratio)
+        if branch_ratio and not neighbor_channels:
+            warnings.warn(f'branch_ratio={branch_ratio} of {out_channels} channels leaves none to the neighbours')
         conv_channels = out_channels - neighbor_channels
         dilation, groups = (neighbor_args.get(name, 1) for name in ('dilation', 'groups'))  # attention has neither
         if groups > 1 and (neighbor_channels % groups or conv_channels % groups):
@@ -71,6 +75,13 @@ class _Hybrid(nn.Module):
                 dilation=dilation, groups=groups, bias=bias, **dd)
         self.branch_norm = norm(out_channels, **dd) if branch_norm else None
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
+        self.init_pointwise()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew; the 1x1 convolution starts as `pointwise_init` asks."""
+        for module in list(self.modules())[1:]:
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
         self.init_pointwise()
 
     @torch.no_grad()
@@ -103,6 +114,13 @@ class _Hybrid(nn.Module):
         if self.branch_norm is not None:
             x = self.branch_norm(x)
         return self.pointwise_conv(x)
+
+    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
+        """The neighbours that `branch1` chooses."""
+        if self.branch1 is None:
+            raise ValueError(
+                f'branch_ratio={self.branch_ratio} of {self.out_channels} channels leaves none to the neighbours')
+        return self.branch1.neighbors(x)
 
     def extra_repr(self) -> str:
         return f'branch_ratio={self.branch_ratio}, pointwise_init={self.pointwise_init}'

@@ -11,7 +11,7 @@ __all__ = ['CoordConv2d']
 
 
 class CoordConv2d(ScriptedWhole, nn.Conv2d):
-    """Conv2d on the input with its two coordinate channels appended, between optional pixel-(un)shuffles.
+    """Conv2d that can see coordinates, between optional pixel-(un)shuffles: by default it is a Conv2d.
 
     Args:
         in_channels: Channels of the input.
@@ -23,7 +23,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         groups: Blocks of channels that are convolved by themselves.
         shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
         shuffle_scale: Factor of the shuffle.
-        aggregation_type: 'Loc_Col' appends coordinates in [-1, 1] per axis, 'Col' does not.
+        aggregation_type: 'Loc_Col' appends two channels to the input, its coordinates in [-1, 1] per axis; 'Col' does not.
         bias: Learn a bias.
 
     Raises:
@@ -73,3 +73,9 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
             x = append_coordinates(x)
         x = self._conv_forward(x, self.weight, self.bias)
         return shuffle(x, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else x
+
+    def extra_repr(self) -> str:
+        text = f'{super().extra_repr()}, aggregation_type={self.aggregation_type}'
+        if self.shuffle_pattern != 'NA':
+            text += f', shuffle_pattern={self.shuffle_pattern}, shuffle_scale={self.shuffle_scale}'
+        return text

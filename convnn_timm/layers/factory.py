@@ -6,6 +6,7 @@ from typing import Optional, Tuple
 import torch.nn as nn
 
 from .attention import ConvNNAttention2d
+from .base import check_choice
 from .branching import Branching2d, BranchingAttention2d
 from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
@@ -28,6 +29,8 @@ _NETWORK_ARGUMENTS = ('in_channels', 'out_channels', 'stride', 'device', 'dtype'
 @lru_cache(maxsize=None)
 def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
     """Names of the layer arguments that a model takes as keywords, or those of one layer type."""
+    if layer is not None:
+        check_choice('layer', layer, tuple(LAYER_TYPES))
     if layer == 'conv2d':
         return 'kernel_size', 'dilation', 'groups', 'bias'
     if layer is not None:
@@ -51,6 +54,7 @@ def create_layer(
     has no use for K and leaves it. Convolutions pad dilation * (kernel_size // 2); `padding` is ConvNN's.
 
     Raises:
+        ValueError: An unknown layer.
         TypeError: An argument that no layer has.
     """
     if unknown := sorted(set(layer_args) - set(layer_arguments())):
