@@ -7,6 +7,7 @@ A converted timm model stays one: timm saves it with what rebuilds it (models/co
 """
 import copy
 import math
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import Conv2dSame
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
+from .layers.base import check_number
 from .layers.script import record_call
 from .macs import count_macs
 
@@ -30,6 +32,8 @@ STARTS = ('conv', 'random')
 # Layers that can start as the convolution they replace.
 START_AS_CONV = ('convnn', 'convnn_branching')
 OWN_LAYERS = tuple(layer for layer in LAYER_TYPES.values() if layer is not nn.Conv2d)
+# So much more to compute is hardly meant.
+MANY_TIMES = 10
 # What the convolution, not the caller, decides.
 FROM_CONV = ('kernel_size', 'stride', 'dilation', 'groups', 'bias')
 
@@ -94,6 +98,10 @@ def convert(
     _check(layer, init, layer_args)
     if isinstance(model, nn.Conv2d):
         raise ValueError('a convolution cannot be replaced in place: put it into a Sequential')
+    if hasattr(model, '_orig_mod'):  # of torch.compile
+        raise ValueError('the model is compiled: convert it first, then compile it')
+    if not (where is None or callable(where) or isinstance(where, (str, list, tuple))):
+        raise TypeError(f'`where` must be names or a function, got {where!r}')
     if isinstance(where, str):
         where = [pattern.strip() for pattern in where.split(',')]
     report, new, possible = ConversionReport(layer), {}, []
@@ -125,6 +133,10 @@ def convert(
     after = _cost(model, report.input_size)
     report.parameters = before[0], after[0]
     report.macs = (before[1], after[1]) if before[1] and after[1] else None
+    if report.macs and after[1] > MANY_TIMES * before[1]:
+        warnings.warn(
+            f'the model takes {after[1] / before[1]:.0f} times as many multiply-accumulates as before: choose '
+            'convolutions of smaller maps with `where`, or fewer candidates with sampling_type and num_samples')
     return report
 
 
@@ -144,6 +156,7 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
     if shuffled and layer_args['shuffle_pattern'] != 'BA':
         pattern = layer_args['shuffle_pattern']
         raise ValueError(f"shuffle_pattern={pattern!r} changes the size of the map: use 'BA' or 'NA'")
+    check_number('branch_ratio', layer_args.get('branch_ratio', 0.5), 0, 1)
     if init == 'conv' and (layer not in START_AS_CONV or shuffled):
         what = f'{layer} with a pixel shuffle' if layer in START_AS_CONV else layer
         raise ValueError(f"{what} cannot start from a convolution's weights: choose init='random'")

@@ -307,6 +307,7 @@ def test_layers_of_this_package_are_left_alone():
     (dict(layer='conv2d'), "unknown layer 'conv2d', valid are conv2d_new, convnn, "),
     (dict(init='zero'), "unknown init 'zero', valid are conv, random"),
     (dict(K=0), 'K must be at least 1'),
+    (dict(branch_ratio='half'), "branch_ratio must lie in [0, 1], got 'half'"),
     (dict(sampling_type='random', num_samples=3), 'candidates'),
     (dict(layer='convnn_attn'), "convnn_attn cannot start from a convolution's weights: choose init='random'"),
     (dict(shuffle_pattern='BA', shuffle_scale=2), "with a pixel shuffle cannot start from a convolution's weights"),
@@ -325,6 +326,7 @@ def test_an_error_says_what_to_do_and_leaves_the_model_alone(kwargs, message):
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(colour=3), 'unknown argument colour; layer arguments are '),
+    (dict(where=3), '`where` must be names or a function, got 3'),
     (dict(kernel_size=5, bias=False), 'kernel_size, bias: comes from the convolution'),
 ])
 def test_wrong_arguments(kwargs, message):
@@ -339,7 +341,19 @@ def test_a_convolution_alone_cannot_be_replaced_in_place():
         convert(nn.Linear(3, 4))
 
 
+def test_a_compiled_network_is_refused():
+    with pytest.raises(ValueError, match='convert it first, then compile it'):
+        convert(torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3))))
+
+
 # What the report counts
+
+@pytest.mark.parametrize('where, many', [(None, True), ('layer4.*', False)])
+def test_a_network_that_becomes_very_slow_is_warned_of(where, many, recwarn):
+    report = convert(timm.create_model('resnet18', channels=(8, 8, 16, 16), device='meta'), where=where)
+    assert (report.macs[1] > 10 * report.macs[0]) == many == bool(recwarn)
+    assert not many or 'times as many multiply-accumulates as before: choose' in str(recwarn[0].message)
+
 
 def test_the_report_counts():
     model = timm.create_model('test_resnet', in_chans=1)
