@@ -23,7 +23,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         groups: Blocks of channels that are convolved by themselves.
         shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
         shuffle_scale: Factor of the shuffle.
-        aggregation_type: 'Loc_Col' appends two channels to the input, its coordinates in [-1, 1] per axis; 'Col' does not.
+        aggregation_type: 'Loc_Col' appends its coordinates to the input, in [-1, 1] per axis; 'Col' does not.
         bias: Learn a bias.
 
     Raises:
