@@ -102,7 +102,7 @@ def run_script(script: str, args: list[str]) -> None:
         ImportError: The models cannot be registered.
     """
     if not os.path.isfile(script):
-        print(f'convnn-timm run: no such script: {script}', file=sys.stderr)
+        print(f'convnn-timm: error: no such script: {script}', file=sys.stderr)
         raise SystemExit(2)
     import runpy
     sys.argv = [script, *args]

@@ -4,7 +4,6 @@ A command imports what it needs when it runs, so `convnn-timm --help` answers at
 `CommandError` and becomes one line; a traceback means a bug.
 """
 import argparse
-import difflib
 import importlib
 import os
 import sys
@@ -12,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+
+from . import __version__
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +48,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     Returns:
         The exit status: 0, 1 for a failure, 2 for a wrong call.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = (sys.argv[1:] if argv is None else list(argv)) or ['--help']
     try:
         if argv[:1] == ['train']:
             return train(argv[1:])
@@ -80,6 +81,7 @@ def build_parser() -> Parser:
         description='Convolution over nearest neighbours (ConvNN) for timm: train, predict, look around.',
         epilog='New here? Run `convnn-timm quickstart`. Each command explains itself: `convnn-timm predict --help`.',
     )
+    parser.add_argument('--version', action='version', version=f'convnn-timm {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
 
     def add(name: str, command: Callable, summary: str, examples: str) -> Parser:
@@ -209,7 +211,7 @@ def build_parser() -> Parser:
         'run validate.py --model resnet18_convnn --checkpoint last.pth.tar --data-dir data --device cpu\n'
         'run train.py --model resnet18_convnn_branching --data-dir data')
     sub.add_argument('script', metavar='SCRIPT', help='Python file')
-    sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
+    sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments').required = False
 
     add('info', info, 'show versions, devices, and which implementation of each operator runs here and why', 'info')
     return parser
@@ -568,6 +570,7 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
         CommandError: If there is no such model, or no weights that fit.
     """
     import timm
+    from convnn_timm.models._common import unknown_model
     from convnn_timm.models._weights import HUB_FAILURES, WeightsError, explain, split_revision
 
     try:
@@ -575,9 +578,9 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
     except ValueError as error:
         raise CommandError(str(error), code=2) from error
     if source is None and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(include_tags=True) + timm.list_models())
-        hint = f'did you mean {", ".join(close)}?' if close else '`convnn-timm list` shows those of this package'
-        raise CommandError(f'unknown model {name!r}; {hint}', code=2)
+        raise CommandError(unknown_model(name), code=2)
+    if source == 'local-dir' and (Path(model_id) / 'model' / 'config.json').is_file():
+        raise CommandError(f'{model_id} is the folder of a run, its model is local-dir:{model_id}/model', code=2)
 
     kwargs = {}
     if checkpoint:
@@ -666,4 +669,5 @@ def read_image(path: Path, mode: str = 'RGB') -> 'Image.Image':
 
 
 def one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())[:300] or type(error).__name__
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f'{text[:299]}…'

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from .conversion import convert
 from .images import ImageError
 from .macs import count_macs
+from .models._common import unknown_model
 from .train_args import UsageError, build_parser, find_recipe, parse_args
 from .train_data import create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
@@ -209,7 +210,7 @@ def explained():
 def create_model(args: argparse.Namespace) -> nn.Module:
     """Create the model of the arguments, converted if they say so."""
     if ':' not in args.model and not timm.is_model(args.model):
-        raise UsageError(f'unknown model {args.model!r}: `convnn-timm list` names those of this package')
+        raise UsageError(unknown_model(args.model))
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file')
     try:
@@ -227,6 +228,12 @@ def create_model(args: argparse.Namespace) -> nn.Module:
         if args.convert:
             _logger.info(convert(model, **args.convert))
         return model
+    except RuntimeError as error:
+        if not args.initial_checkpoint:
+            raise
+        raise UsageError(
+            f'--initial-checkpoint {args.initial_checkpoint}: {" ".join(str(error).split())} (the model of a run with '
+            'other classes or arguments: --model local-dir:RUN/model --pretrained)') from error
     except (TypeError, ValueError) as error:  # an argument that the model does not know, or a wrong value
         raise UsageError(f'{args.model}: {error}') from error
 
@@ -487,8 +494,11 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
         if args.evaluate:
             evaluate_run(args)
             return None
-        signal.signal(signal.SIGTERM, stop)
-        return train(args, argv)
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            return train(args, argv)
+        finally:
+            signal.signal(signal.SIGTERM, before)  # the caller's again
     except (UsageError, ImageError) as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
     except KeyboardInterrupt:
@@ -497,7 +507,6 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
             f'interrupted; continue with: convnn-timm train -c {shlex.quote(str(record))} --resume auto'
             if record.is_file() and not args.evaluate else
             'interrupted')
-
 
 if __name__ == '__main__':
     main()

@@ -155,4 +155,4 @@ def test_an_old_timm_is_named(small_timm):
 
 def test_run_names_a_missing_script():
     printed = python('-m', 'convnn_timm', 'run', 'missing/train.py', '--epochs', '1', autoload=False, status=2)
-    assert printed == 'convnn-timm run: no such script: missing/train.py\n'
+    assert printed == 'convnn-timm: error: no such script: missing/train.py\n'

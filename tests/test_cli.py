@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from convnn_timm import cli
+from convnn_timm import __version__, cli
 
 NAMES = ['ant', 'bee', 'cat']
 
@@ -64,10 +64,16 @@ def test_what_is_not_the_systems_fault_keeps_its_traceback(monkeypatch):
         cli.main(['list'])
 
 
-@pytest.mark.parametrize('command', ['', 'list', 'info', 'run', 'predict', 'quickstart', 'export-onnx'])
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['--version'])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f'convnn-timm {__version__}\n')
+
+
+@pytest.mark.parametrize('command', [None, '', 'list', 'info', 'run', 'predict', 'quickstart', 'export-onnx'])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command.split(), '--help'])
+        cli.main([] if command is None else [*command.split(), '--help'])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert 'train' in out if not command else f'examples:\n  convnn-timm {command}' in out
@@ -83,7 +89,7 @@ def test_module_helps_without_torch():
 
 
 def test_wrong_calls(capsys):
-    assert 'COMMAND' in error_of(capsys, status=2)
+    assert 'required: SCRIPT (see' in error_of(capsys, 'run', status=2)
     assert "'prdict'" in error_of(capsys, 'prdict', status=2)
     assert 'convnn-timm predict --help' in error_of(capsys, 'predict', 'a.png', status=2)
     assert '--topk' in error_of(capsys, 'predict', 'a.png', '--model', 'resnet18', '--topk', '0', status=2)
@@ -225,6 +231,9 @@ def test_model_errors(capsys, photo, model_folder, tmp_path):
     assert "'local-dir:some/folder'" in error('--model', 'some/folder', status=2)
     assert 'convnn-timm train --model vgg11_convnn_attn' in error('--model', 'vgg11_convnn_attn')
     assert 'config.json' in error('--model', f'local-dir:{tmp_path}')
+    (tmp_path / 'model').symlink_to(model_folder)
+    assert f'{tmp_path} is the folder of a run, its model is local-dir:{tmp_path}/model' in error(
+        '--model', f'local-dir:{tmp_path}', status=2)
     assert "device 'gpu'" in error('--model', f'local-dir:{model_folder}', '--device', 'gpu', status=2)
 
     checkpoint = tmp_path / 'last.pth.tar'
@@ -232,7 +241,8 @@ def test_model_errors(capsys, photo, model_folder, tmp_path):
     checkpoint.write_text('nothing')
     assert f'cannot read checkpoint {checkpoint}' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
     torch.save(timm.create_model('test_vit').state_dict(), checkpoint)
-    assert 'local-dir:RUN/model' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    assert '… If the model was trained with other arguments, use the model/ folder of its run' in error(
+        '--model', 'test_resnet', '--checkpoint', str(checkpoint))
     assert 'has its own weights' in error(
         '--model', f'local-dir:{model_folder}', '--checkpoint', str(checkpoint), status=2)
 

@@ -309,7 +309,7 @@ def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--model', 'resnet18_convn'], "unknown model 'resnet18_convn'"),
+    (['--model', 'resnet18_convn'], r"unknown model 'resnet18_convn'; did you mean .*resnet18_convnn\b.*\?"),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'colour=3'], 'resnet18_convnn: .*colour'),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'K=0'], 'resnet18_convnn: .*K'),
 ])
@@ -445,6 +445,24 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(flags, tmp_path
     with pytest.raises(SystemExit, match='the loss is .* choose a smaller --lr'):
         main([*flags, '--lr', '1e30', '--output', str(tmp_path), '--experiment', 'run'])
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+def test_weights_of_a_run_with_other_classes(flags, run, tmp_path):
+    flags = [*flags, '--num-classes', '5', '--epochs', '1', '--output', str(tmp_path)]
+    with pytest.raises(SystemExit) as error:
+        main([*flags, '--initial-checkpoint', str(run / 'last.pth.tar')])
+    message = str(error.value)
+    assert f'--initial-checkpoint {run / "last.pth.tar"}: ' in message and 'size mismatch for fc.weight' in message
+    assert '--model local-dir:RUN/model --pretrained' in message and len(message.splitlines()) == 1
+    folder = main([*flags, '--model', f'local-dir:{run / "model"}', '--pretrained', '--experiment', 'tuned'])
+    assert len(weights(folder)['state_dict']['fc.bias']) == 5
+
+
+def test_sigterm_is_the_callers_again(flags):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        main([*flags, '--model', 'zzzz'])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # Images

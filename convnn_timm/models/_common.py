@@ -1,7 +1,9 @@
 """What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
+import difflib
 import inspect
 from typing import Any, Callable, Dict, Tuple, Type
 
+import timm
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -10,7 +12,7 @@ from convnn_timm.layers import Branching2d, BranchingAttention2d, ConvNN2d, laye
 
 __all__ = [
     'add_input_noise', 'cifar_cfg', 'check_complete', 'check_known', 'entrypoint', 'imagenet_cfg',
-    'init_convnn_weights', 'sampled', 'split_layer_args']
+    'init_convnn_weights', 'sampled', 'split_layer_args', 'unknown_model']
 
 
 def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -99,3 +101,10 @@ def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc:
     fn.__module__ = module
     fn.__doc__ = doc
     return fn
+
+
+def unknown_model(name: str) -> str:
+    """What to say of a name that timm does not know."""
+    close = difflib.get_close_matches(name, timm.list_models(include_tags=True) + timm.list_models())
+    hint = f'did you mean {", ".join(close)}?' if close else '`convnn-timm list` shows those of this package'
+    return f'unknown model {name!r}; {hint}'
