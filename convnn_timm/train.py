@@ -170,7 +170,7 @@ def evaluate(
         Means over the images: cross-entropy ``loss``, ``top1`` and ``top5`` in percent; and the number of ``images``.
     """
     model.eval()
-    sums = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters(), torch.zeros(())).device)
     with torch.inference_mode():
         for images, targets in loader:
             if channels_last:
@@ -352,7 +352,7 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
         if device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
             torch.backends.cudnn.benchmark = True
-        elif rank == 0:
+        elif device.type == 'cpu' and rank == 0:
             warn_of_emulation(args)
 
         utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
@@ -459,8 +459,8 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
 
 def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
     """Evaluate the model folder of a finished run, on the images that the run was evaluated on."""
-    folder = Path(args.evaluate) / 'model'
-    if not (folder / 'config.json').is_file():
+    folder, rows = Path(args.evaluate) / 'model', read_summary(Path(args.evaluate))
+    if not (folder / 'config.json').is_file() or not rows:
         raise UsageError(f'{args.evaluate} is not finished: -c {args.evaluate}/args.yaml --resume auto continues it')
     with explained():
         device = torch.device(args.device)
@@ -473,7 +473,7 @@ def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
             raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
         loader = create_batches(part, args, create_data_config(args, model), device)
     metrics = evaluate(model, loader, create_autocast(args, device), args.channels_last)
-    print_result({**metrics, 'epoch': int(read_summary(folder.parent)[-1]['epoch'])})
+    print_result({**metrics, 'epoch': int(rows[-1]['epoch'])})
     return metrics
 
 
@@ -489,6 +489,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if int(os.environ.get('RANK', 0)) else logging.INFO, format='%(message)s')
     logging.getLogger('timm').setLevel(logging.WARNING)
+    args = None
     try:
         args = parse_args(argv)
         if args.evaluate:
@@ -502,11 +503,11 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
     except (UsageError, ImageError) as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
     except KeyboardInterrupt:
-        record = run_folder(args) / 'args.yaml'
-        raise SystemExit(
-            f'interrupted; continue with: convnn-timm train -c {shlex.quote(str(record))} --resume auto'
-            if record.is_file() and not args.evaluate else
-            'interrupted')
+        if args and not args.evaluate and (record := run_folder(args) / 'args.yaml').is_file():
+            record = shlex.quote(str(record))
+            raise SystemExit(f'interrupted; continue with: convnn-timm train -c {record} --resume auto')
+        raise SystemExit('interrupted')
+
 
 if __name__ == '__main__':
     main()

@@ -42,6 +42,7 @@ class Part(torch.utils.data.Dataset):
                 image = read_image(file, self.dataset.input_img_mode)
         else:
             image, target = self.dataset[self.indices[i]]
+            image = image.convert(self.dataset.input_img_mode)
         return self.transform(image), target
 
 
@@ -70,13 +71,8 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
                          'images leave it out')
     if not args.dataset and not os.path.isdir(args.data_dir):
         raise UsageError(f'there is no folder {args.data_dir}')
-    dataset = create_dataset(
-        args.dataset,
-        root=args.data_dir,
-        split=split,
-        download=args.dataset_download,
-        input_img_mode=image_mode(args.input_size[0] if args.input_size else 3),
-    )
+    dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
+    dataset.input_img_mode = image_mode(args.input_size[0] if args.input_size else 3)  # torchvision's has none of its own
     # Where a folder lacks the split, timm opens all of it, training and test images together.
     if not args.dataset and os.path.samefile(dataset.reader.root, args.data_dir):
         raise UsageError(f'{args.data_dir} has no folder {split!r}: see --train-split, --val-split and --holdout')

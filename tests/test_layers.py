@@ -741,10 +741,11 @@ def test_traces(args):
 
 # Errors
 
-@pytest.mark.parametrize('value', [-0.1, 1.5])
-def test_lambda_is_a_share(value):
-    with pytest.raises(ValueError, match=rf'lambda_param must lie in \[0, 1\], got {value}'):
-        ConvNN2d(3, 4, lambda_param=value)
+@pytest.mark.parametrize('value', [-0.1, 1.5, 'half'])
+@pytest.mark.parametrize('layer_type, name', [(ConvNN2d, 'lambda_param'), (ConvNNAttention1d, 'attention_dropout')])
+def test_shares(layer_type, name, value):
+    with pytest.raises(ValueError, match=rf'{name} must lie in \[0, 1\], got {value!r}'):
+        layer_type(3, 4, **{name: value})
 
 
 @pytest.mark.parametrize('name', ['in_channels', 'K', 'stride', 'padding', 'dilation', 'groups', 'num_samples'])

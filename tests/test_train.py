@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
 from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
+from convnn_timm.train_folder import read_summary
 
 CLASSES = ('bee', 'cat', 'dog')
 
@@ -210,10 +212,19 @@ def test_evaluating_a_run_repeats_its_result(run, capsys):
     assert printed_result(capsys) == f'top1 {float(last[5]):.2f} top5 100.00 (epoch 3, 51 images)'
 
 
-def test_evaluating_an_unfinished_run_says_how_to_finish_it(tmp_path, images):
+@pytest.mark.parametrize('parts', [[], ['model']])
+def test_evaluating_an_unfinished_run_says_how_to_finish_it(run, tmp_path, images, parts):
     (tmp_path / 'args.yaml').write_text(f'data_dir: {images}')
+    for part in parts:
+        shutil.copytree(run / part, tmp_path / part)
     with pytest.raises(SystemExit, match='is not finished: -c .*args.yaml --resume auto'):
         main(['--evaluate', str(tmp_path)])
+
+
+def test_an_interrupt_before_there_is_a_run(monkeypatch):
+    monkeypatch.setattr(train, 'parse_args', Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match='^interrupted$'):
+        main([])
 
 
 def test_every_image_counts_the_same():
@@ -445,6 +456,20 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(flags, tmp_path
     with pytest.raises(SystemExit, match='the loss is .* choose a smaller --lr'):
         main([*flags, '--lr', '1e30', '--output', str(tmp_path), '--experiment', 'run'])
     assert not (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
+def test_a_data_set_of_torchvision_has_the_channels_of_the_model(flags, tmp_path):
+    raw = tmp_path / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for split in 'train', 't10k':
+        images = torch.randint(256, (16, 28, 28), dtype=torch.uint8).numpy()
+        head = struct.pack('>4i', 0x803, *images.shape)
+        (raw / f'{split}-images-idx3-ubyte').write_bytes(head + images.tobytes())
+        (raw / f'{split}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 16) + bytes(range(10)) + bytes(6))
+    main([
+        *flags, '--data-dir', str(tmp_path), '--dataset', 'torch/mnist', '--epochs', '1', '--num-classes', '10',
+        '--output', str(tmp_path / 'out'), '--experiment', 'run'])
+    assert read_summary(tmp_path / 'out' / 'run')[-1]['eval_images'] == '16'
 
 
 def test_weights_of_a_run_with_other_classes(flags, run, tmp_path):

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
 from convnn_timm.ops._common import no_autocast
-from .base import NeighborLayer, map_to_tokens, with_own_first
+from .base import NeighborLayer, check_number, map_to_tokens, with_own_first
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
 
@@ -68,6 +68,7 @@ class _ConvNNAttention(NeighborLayer):
         super().__init__(
             in_channels, out_channels, K, stride, padding, 1, sampling_type, num_samples, sample_padding,
             shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
+        check_number('attention_dropout', attention_dropout, 0, 1)
         conv = nn.Conv2d if self.axes == 2 else nn.Conv1d
         C, O = self.token_channels, self.token_out_channels
         self.w_q = conv(C, C, 1, bias=False, **dd)

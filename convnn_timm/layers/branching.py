@@ -40,7 +40,7 @@ class _Hybrid(nn.Module):
         check_choice('pointwise_init', pointwise_init, POINTWISE_INITS)
         check_integer('kernel_size', kernel_size, 1)
         if kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be odd, so that both branches keep the size of the map, got {kernel_size}')
+            raise ValueError(f'kernel_size must be odd, so that both branches keep the size, got {kernel_size}')
         if neighbor_args['shuffle_pattern'] in ('A', 'B') and neighbor_args['shuffle_scale'] > 1:
             raise ValueError(
                 f"shuffle_pattern={neighbor_args['shuffle_pattern']!r} changes the size of one branch only: "
@@ -138,8 +138,8 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         stride: Stride of both branches.
         branch_ratio: Share of the outputs that come from {layer}, in [0, 1].
         branch_norm: Normalise both branches' outputs over the batch before they are mixed. (Not in the paper.)
-        pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as they
-            are; 'zero', random without {layer}'s outputs, which it learns to use.
+        pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as
+            they are; 'zero', random without {layer}'s outputs, which it learns to use.
         bias: Learn biases in both branches and the 1x1 convolution.
         (others): Arguments of {layer}. Its dilation and groups, where it has them, are the convolution's too.
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
 from convnn_timm.ops._common import widen
-from .base import SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, map_to_tokens, with_own_first
+from .base import (
+    SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, check_number, map_to_tokens, with_own_first)
 from .coordinates import centered_positions, similarity_coordinates
 from .sampling import Lattice, ceil_div, in_output_order, unpadded_positions
 
@@ -90,8 +91,7 @@ class _ConvNN(NeighborLayer):
             shuffle_pattern, shuffle_scale, magnitude_type, aggregation_type)
         check_choice('similarity_type', similarity_type, SIMILARITY_TYPES)
         check_choice('neighbor_init', neighbor_init, NEIGHBOR_INITS)
-        if not 0 <= lambda_param <= 1:
-            raise ValueError(f'lambda_param must lie in [0, 1], got {lambda_param}')
+        check_number('lambda_param', lambda_param, 0, 1)
         if neighbor_init == 'zero' and similarity_type == 'Loc':
             raise ValueError(
                 "neighbor_init='zero' leaves a weight to the position itself alone, which has no rank of its own in "

@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from .base import AGGREGATION_TYPES, check_choice, check_groups, check_input
+from .base import AGGREGATION_TYPES, check_choice, check_groups, check_input, check_integer
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .script import ScriptedWhole
@@ -49,8 +49,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         check_choice('shuffle_pattern', shuffle_pattern, SHUFFLE_PATTERNS)
         check_choice('aggregation_type', aggregation_type, AGGREGATION_TYPES)
         scale = shuffle_scale if shuffle_pattern != 'NA' else 1
-        if scale < 1:
-            raise ValueError(f'shuffle_scale must be at least 1, got {shuffle_scale}')
+        check_integer('shuffle_scale', scale, 1)
         coordinates = 2 if aggregation_type == 'Loc_Col' else 0
         channels = in_channels * (scale ** 2 if 'B' in shuffle_pattern else 1) + coordinates
         convolved = out_channels * (scale ** 2 if shuffle_pattern in ('A', 'BA') else 1)
@@ -58,7 +57,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         super().__init__(
             channels, convolved, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
             bias=bias, device=device, dtype=dtype)
-        self.in_channels = in_channels  # of the layer; the convolution inside sees coordinates and shuffled channels too
+        self.in_channels = in_channels  # of the layer; the convolution sees coordinates and shuffled channels too
         self.out_channels = out_channels
         self.shuffle_pattern = shuffle_pattern
         self.shuffle_scale = scale
