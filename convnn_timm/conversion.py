@@ -84,14 +84,14 @@ def convert(
             similarity they are others than the convolution's, and its taps become the weights of their ranks: that of
             the window's centre the weight of the position itself, the others in order of their distance from it; the
             network has to be trained on. A branching layer divides the outputs between its branches, and its 1x1
-            convolution starts as the identity (for groups, a permutation): the convolution's share of the function stays.
+            convolution starts as the identity (for groups, a permutation): the convolution's share stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:
         What was replaced, what was not and why, and what it costs.
 
     Raises:
-        ValueError: Nothing was replaced: there is no such layer or start, or a name that fits no convolution. The model is
+        ValueError: Nothing was replaced: there is no such layer or start, or a name fits no convolution. The model is
             as it was.
         TypeError: An argument that the layers do not have, or that comes from the convolution.
     """

@@ -343,8 +343,9 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
         rank, world_size = world.rank, world.world_size
         train_part, eval_part, names = create_parts(args)
         if names is not None and (len(names) < 2 or '' in names):
-            raise UsageError(f'{args.data_dir}: the split {args.train_split!r} must have a folder of images for each of '
-                             f'several classes, and has {", ".join(filter(None, names)) or "none"}')
+            raise UsageError(
+                f'{args.data_dir}: the split {args.train_split!r} must have a folder of images for each of several '
+                f'classes, and has {", ".join(filter(None, names)) or "none"}')
         eval_part.indices = eval_part.indices[rank::world_size]
         args.num_classes = args.num_classes or (len(names) if names else None)
         checkpoint = open_run(args, rank)

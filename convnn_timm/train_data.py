@@ -67,12 +67,13 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
 def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
     """Open one split of the data."""
     if args.dataset and '/' not in args.dataset:
-        raise UsageError(f'--dataset {args.dataset}: name it with its source, e.g. torch/{args.dataset}; for folders of '
-                         'images leave it out')
+        raise UsageError(
+            f'--dataset {args.dataset}: name it with its source, e.g. torch/{args.dataset}; for folders of images '
+            'leave it out')
     if not args.dataset and not os.path.isdir(args.data_dir):
         raise UsageError(f'there is no folder {args.data_dir}')
     dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
-    dataset.input_img_mode = image_mode(args.input_size[0] if args.input_size else 3)  # torchvision's has none of its own
+    dataset.input_img_mode = image_mode(args.input_size[0] if args.input_size else 3)  # torchvision's has none
     # Where a folder lacks the split, timm opens all of it, training and test images together.
     if not args.dataset and os.path.samefile(dataset.reader.root, args.data_dir):
         raise UsageError(f'{args.data_dir} has no folder {split!r}: see --train-split, --val-split and --holdout')

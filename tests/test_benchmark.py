@@ -98,7 +98,7 @@ def layer_peak(benchmark, layer, side):
 
 
 def test_a_layers_memory_grows_with_tokens_the_originals_with_their_square(benchmark):
-    """Forward and backward, 9 neighbours among all tokens. The chunks' fixed budget makes the layer's growth less yet."""
+    """Forward and backward, 9 neighbours among all tokens. The chunks' budget makes the layer's growth less yet."""
     layer, original = ConvNN2d(4, 4), benchmark.OriginalConvNN2d(4, 4)
     small, large = (layer_peak(benchmark, layer, side) for side in (32, 64))
     assert large < 4 * small

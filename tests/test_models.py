@@ -251,7 +251,8 @@ def test_a_checkpoint_that_lacks_tensors_is_an_error_and_not_a_silent_load():
     message = 'the checkpoint lacks 25 tensors of ConvNNResNet, among them layer3.0.conv1.weight'
     with pytest.raises(RuntimeError, match=message):
         timm.create_model(
-            'resnet18_convnn', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)
+            'resnet18_convnn', pretrained=True, num_classes=5,
+            pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith('fc.')}
     loaded = timm.create_model(
         'resnet18_convnn', pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights), **NARROW)

@@ -330,7 +330,8 @@ def test_wrong_model(flags, tmp_path, argv, message):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--opt', 'bogus'], 'bogus'), (['--sched', 'bogus'], 'bogus'), (['--aa', 'bogus'], 'bogus'), (['--lr', '-1'], 'lr|rate'),
+    (['--opt', 'bogus'], 'bogus'), (['--sched', 'bogus'], 'bogus'), (['--aa', 'bogus'], 'bogus'),
+    (['--lr', '-1'], 'lr|rate'),
     (['--device', 'tpu'], 'tpu'), (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'K=500'], 'K=500 neighbours need as many tokens'),
     (['--output', __file__], 'Not a directory'), (['--input-size', '2', '16', '16'], 'image files have 1'),
@@ -657,7 +658,8 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, call, epoc
 
 
 def test_a_tuple_among_the_arguments_does_not_keep_a_run_from_going_on(flags, tmp_path):
-    flags = [*flags, '--model', 'resnet18_convnn', '--model-kwargs', 'channels=(8,8,8,8)', 'K=3', '--output', str(tmp_path)]
+    flags = [
+        *flags, '--model', 'resnet18_convnn', '--model-kwargs', 'channels=(8,8,8,8)', 'K=3', '--output', str(tmp_path)]
     folder = main([*flags, '--epochs', '1', '--experiment', 'run'])
     main(['-c', str(folder / 'args.yaml'), '--resume', 'auto'])
     assert not (folder / 'environment-1.json').exists()  # nothing was trained

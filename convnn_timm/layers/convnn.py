@@ -3,7 +3,7 @@
 Every position gathers its K most similar positions, by feature ('Col'), by location ('Loc') or by both ('Loc_Col'),
 itself first, and applies one weight per neighbour rank. Chosen by location alone this is an ordinary convolution.
 
-Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
 import math
 from functools import lru_cache

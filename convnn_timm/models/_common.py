@@ -62,10 +62,12 @@ def check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module, classi
     """
     missing = [
         name for name in model.state_dict()
-        if name not in state_dict and not name.startswith(f'{classifier}.') and not name.endswith('num_batches_tracked')]
+        if name not in state_dict
+        and not name.startswith(f'{classifier}.') and not name.endswith('num_batches_tracked')]
     if missing:
         raise RuntimeError(
-            f'the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, among them {", ".join(missing[:3])}: '
+            f'the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, '
+            f'among them {", ".join(missing[:3])}: '
             f'is it of another architecture, or were other model arguments used?')
 
 
@@ -76,7 +78,8 @@ def cifar_cfg(**kwargs) -> Dict[str, Any]:
         'num_classes': 10, 'input_size': (3, 32, 32),
         'crop_pct': 1.0, 'interpolation': 'bilinear',
         'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
-        'license': 'mit', 'paper_ids': 'arXiv:2511.14137', 'paper_name': 'Convolutional Nearest Neighbor',
+        'license': 'mit', 'paper_ids': 'arXiv:2511.14137',
+        'paper_name': 'Attention Via Convolutional Nearest Neighbors',
         'origin_url': 'https://github.com/mingikang31/Convolutional-Nearest-Neighbor',
         **kwargs
     }

@@ -3,7 +3,7 @@
 On timm's ResNet. For small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2. The models `..._224`: timm's 7x7 stem and
 max-pool, and sampled candidates.
 
-Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
 from typing import Any, Dict, Optional, Tuple, Type
 

@@ -3,7 +3,7 @@
 On timm's VGG (with BatchNorm), at 32x32 as in the paper. `vgg11_convnn_branching_224` is the same network for 224x224
 images, with sampled candidates.
 
-Paper: `Convolutional Nearest Neighbor` - https://arxiv.org/abs/2511.14137
+Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional
@@ -32,7 +32,7 @@ def _create_conv(
         layer_args: Optional[Dict[str, Any]] = None,
         **dd,
 ) -> nn.Module:
-    """A convolution of the network: of the features (3x3) the layer in its place, of the classifier (7x7, 1x1) itself."""
+    """A convolution of the network: of the features (3x3) the layer in its place, of the classifier itself."""
     if kernel_size != 3:
         return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **dd)
     return create_layer(layer, in_channels, out_channels, **(layer_args or {}), **dd)
@@ -78,7 +78,7 @@ class ConvNNVGG(VGG):
 
     @torch.jit.ignore
     def _stages(self) -> List[nn.Module]:
-        """The features cut at the ends of stages: an in-place ReLU at the start of a piece would overwrite its input."""
+        """The features cut at the ends of stages: an in-place ReLU that starts a piece would overwrite its input."""
         starts = [0] + [end + 1 for end in self.feature_ends]
         return [self.features[i:j] for i, j in zip(starts, starts[1:] + [len(self.features)]) if i < j]
 
