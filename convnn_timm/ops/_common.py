@@ -29,7 +29,7 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Compute in the dtypes of the tensors themselves. (The meta device knows no autocast.)"""
     if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()  # an exported network would keep the other, and refuse autocast around itself
+        return nullcontext()  # the other would stay in an exported network, which then fails under autocast
     return torch.autocast(x.device.type, enabled=False)
 
 
