@@ -41,8 +41,8 @@ from .card import PLACES, Record, build_model, machine_name, read_config, write_
 from .images import image_mode
 from .models import _weights
 from .models._weights import (
-    FORMATS, HUB_FAILURES, WEIGHTS, WeightsError, check_file, explain, find_entry, local_file, manifest_revision,
-    namespace, read_manifest, sha256, split_revision)
+    FORMATS, HUB_FAILURES, WEIGHTS, OtherWeights, WeightsError, check_file, explain, find_entry, local_file,
+    manifest_revision, namespace, read_manifest, sha256, split_revision)
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import create_batches, create_parts
@@ -401,47 +401,61 @@ def pull(what: str) -> Path:
         The file of weights, whole.
 
     Raises:
-        WeightsError: It cannot be fetched, or is damaged on the Hub too.
+        WeightsError: It cannot be fetched, is damaged on the Hub too, or would take the place of other weights.
     """
     entry, repo, revision = resolve(what)
-    expected = entry and entry['sha256']
-    local = local_file(what) if entry and what == entry['name'] else None
+    by_name = entry is not None and what == entry['name']
+    expected = entry['sha256'] if by_name else None  # a repository is asked for as it is now
+    local = local_file(what) if by_name else None
     if local is None:
-        file = fetch(repo, revision) / WEIGHTS
-        if not file.is_file():
-            raise WeightsError(explain(EntryNotFoundError(), repo, revision))
-        return file if is_whole(file, expected) else download_again(repo, revision, expected)
-    if is_whole(local, expected):
+        return fetch_weights(what, repo, revision, expected)
+    try:
+        check_file(local, expected)
         return local
+    except WeightsError as error:
+        if may_be_other(local):
+            raise WeightsError(
+                f'{local} is not the published file, and nothing shows that it is damaged: it may hold other weights. '
+                f'To fetch the published ones, move {local.parent} away first') from error
+    whole = fetch_weights(what, repo, revision, expected)
     with tempfile.TemporaryDirectory(dir=local.parent) as scratch:  # on the same disk, to replace it in one step
-        os.replace(download_again(repo, revision, expected, Path(scratch)), local)
+        os.replace(shutil.copy(whole, scratch), local)
     return local
 
 
-def is_whole(file: Path, expected: Optional[str]) -> bool:
+def may_be_other(file: Path) -> bool:
+    """Whether a file that is not the published one may be weights of somebody's own."""
     try:
-        check_file(file, expected)
+        check_file(file)
     except WeightsError:
         return False
-    return True
+    complete = all((file.parent / name).is_file() for name in (CONFIG, GOLDEN, CARD))
+    return not complete or not check_folder(file.parent)
 
 
-def download_again(
-        repo: str,
-        revision: Optional[str],
-        expected: Optional[str],
-        folder: Optional[Path] = None,
-) -> Path:
-    """Download weights whatever is in the cache, into the cache or a folder; they are whole."""
+def fetch_weights(what: str, repo: str, revision: Optional[str], expected: Optional[str]) -> Path:
+    """The weights of a repository, whole in the cache; if they were damaged there, they are downloaded again."""
+    file = fetch(repo, revision) / WEIGHTS
+    if not file.is_file():
+        raise WeightsError(explain(EntryNotFoundError(), repo, revision))
     try:
-        file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, local_dir=folder, force_download=True))
+        check_file(file, expected, what)
+    except OtherWeights:
+        raise
+    except WeightsError:
+        file = download_again(repo, revision)
+        check_file(file, expected, what)
+    return file
+
+
+def download_again(repo: str, revision: Optional[str]) -> Path:
+    """Download weights whatever is in the cache."""
+    try:
+        return Path(hf_hub_download(repo, WEIGHTS, revision=revision, force_download=True))
     except ValueError as error:  # offline or unreachable: the reason is the cause
         raise WeightsError(explain(error.__cause__ or error, repo, revision)) from error
     except HUB_FAILURES as error:
         raise WeightsError(explain(error, repo, revision)) from error
-    if not is_whole(file, expected):
-        raise WeightsError(f'{repo}: {WEIGHTS} was damaged on the way here, or is so on the Hub. Try again')
-    return file
 
 
 # Push

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hub_server import Hub
+from hub_server import Hub, sha256
 from test_card import NAME, publish
 
 WEIGHTS = 'model.safetensors'
@@ -291,11 +291,11 @@ def test_order_of_the_places_that_weights_are_loaded_from(session, published, on
         assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
         assert session(f"os.chdir('checkout'); load({NAME!r})").lines == [digest]
         (session.folder / WEIGHTS).write_bytes(b'the folder named is asked first')
-        assert 'is damaged' in session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).out
+        assert 'is cut short' in session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).out
         assert not on_the_hub.log
     finally:
         shutil.rmtree(checkout)
-    assert 'is damaged' in session(f"os.chdir('checkout'); load({NAME!r})").out
+    assert 'is cut short' in session(f"os.chdir('checkout'); load({NAME!r})").out
     (session.folder / WEIGHTS).unlink()
     assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
     assert on_the_hub.log[-1].startswith('GET /lfs/')
@@ -346,14 +346,17 @@ load({NAME!r}, num_classes=5)
 run('pull', '{PROJECT}')
 load('hf-hub:{PROJECT}')
 os.environ['CONVNN_TIMM_ZOO'] = {str(session.cards)!r}
-flip(Path({str(session.folder / WEIGHTS)!r}))
+file = Path({str(session.folder / WEIGHTS)!r})
+file.write_bytes(file.read_bytes()[:-8] + b'\\xff' * 8)  # NaN
 load({NAME!r})
 run('pull', {NAME!r})
 load({NAME!r})
 """)
     damaged = [line for line in done.lines if line.startswith('WeightsError')]
-    assert len(damaged) == 5 and all('is damaged: its sha256 is' in line for line in damaged), done.out
-    assert all('None of it was used. Fetch it again: convnn-timm pull ' in line for line in damaged)
+    assert len(damaged) == 5 and all('its sha256 is ' in line and 'None of it was used' in line for line in damaged)
+    assert all('is damaged: ' in line and 'Fetch it again: convnn-timm pull ' in line for line in damaged[:4]), done.out
+    assert 'it is damaged, or holds other weights' in damaged[4]
+    assert f'If it is damaged, convnn-timm pull {NAME} replaces it; other weights load as local-dir:' in damaged[4]
     assert WEIGHTS in damaged[0] and damaged[0].endswith(f'convnn-timm pull {NAME}')
     assert damaged[2].endswith(f'convnn-timm pull {PROJECT}')
     assert [line for line in done.lines if line.startswith('loaded')] == [digest] * 3
@@ -361,14 +364,36 @@ load({NAME!r})
     assert len(list(session.folder.iterdir())) == 5  # no scratch files beside the repaired one
 
 
-def test_newer_weights_are_not_called_damaged(session, on_the_hub, published):
-    files = files_of(session.folder)
-    other = dict(load_file(session.folder / WEIGHTS))
-    other['fc.bias'] = other['fc.bias'] + 1
-    save_file(other, session.folder / WEIGHTS, metadata={'format': 'pt'})
-    on_the_hub.add_repository(PROJECT, {**files, WEIGHTS: (session.folder / WEIGHTS).read_bytes()})
-    line, = session(f'load({NAME!r})').lines
-    assert 'is whole, but holds other weights' in line and 'update it' in line and 'damaged' not in line
+def make_other(folder):
+    """Give a folder other weights, which are whole: a classifier without bias, and the golden logits of that."""
+    weights, golden = (load_file(folder / name) for name in (WEIGHTS, 'golden.safetensors'))
+    golden['logits'] -= weights['fc.bias'].double()
+    weights['fc.bias'].zero_()
+    save_file(weights, folder / WEIGHTS, metadata={'format': 'pt'})
+    save_file(golden, folder / 'golden.safetensors')
+
+
+def test_newer_weights_are_not_called_damaged(session, on_the_hub):
+    make_other(session.folder)
+    on_the_hub.add_repository(PROJECT, files_of(session.folder))
+    done = session(f"load({NAME!r}); run('pull', {NAME!r})")
+    for line in (done.lines[0], done.err):
+        assert 'is whole, but holds other weights' in line and 'update it' in line and 'damaged' not in line
+    weights = sha256((session.folder / WEIGHTS).read_bytes())
+    assert done.lines[1] == 'status 1' and len(posted(on_the_hub, f'GET /lfs/{weights}')) == 1
+
+
+@pytest.mark.parametrize('missing', [None, 'golden.safetensors', 'README.md'])
+def test_pull_replaces_no_weights_of_somebodys_own(session, on_the_hub, missing):
+    """What lies in a folder of that name is replaced only if it is seen to be damaged."""
+    make_other(session.folder)
+    if missing:
+        (session.folder / missing).unlink()
+    own = files_of(session.folder)
+    done = session(f"run('pull', {NAME!r}); load('local-dir:{session.folder}')", CONVNN_TIMM_ZOO=str(session.cards))
+    assert done.lines[0] == 'status 1' and done.lines[1].startswith('loaded')
+    assert 'it may hold other weights' in done.err and f'move {session.folder} away first' in done.err
+    assert files_of(session.folder) == own and not on_the_hub.log
 
 
 def test_a_name_says_that_its_weights_are_not_on_the_hub(session, hub):

@@ -25,9 +25,9 @@ from safetensors import SafetensorError, safe_open
 from timm.models import resolve_pretrained_cfg
 
 __all__ = [
-    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'WeightsError', 'check_file', 'explain', 'find_entry', 'find_weights',
-    'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest', 'sha256',
-    'split_revision', 'tagged_names', 'with_tag_arguments']
+    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain', 'find_entry',
+    'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest',
+    'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
@@ -42,6 +42,10 @@ HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
 
 class WeightsError(RuntimeError):
     """Weights cannot be found, fetched or trusted; the message says what to do."""
+
+
+class OtherWeights(WeightsError):
+    """A file is whole by the Hub's own hash of it, but holds other weights than the manifest says."""
 
 
 # The manifest
@@ -136,24 +140,32 @@ def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> 
         source: What `convnn-timm pull` takes to fetch it again, a name or a repository.
 
     Raises:
+        OtherWeights: It lies whole in the Hub's cache, but is another.
         WeightsError: It is something else.
     """
     what = f'{file} of {source}' if source else str(file)
-    blob = Path(os.readlink(file)).name if file.is_symlink() else ''
-    repair = f'. None of it was used. Fetch it again: convnn-timm pull {source}' if source else ''
-    if not expected and re.fullmatch('[0-9a-f]{64}', blob):
-        expected = blob
-    if expected and (found := sha256(file)) != expected:
-        if found == blob:
-            raise WeightsError(
-                f'{what} is whole, but holds other weights (sha256 {found[:12]}…) than this version of convnn_timm knows '
-                f'({expected[:12]}…): update it, or name the commit whose weights you want, hf-hub:OWNER/NAME@COMMIT')
-        raise WeightsError(f'{what} is damaged: its sha256 is {found[:12]}…, published is {expected[:12]}…{repair}')
+    unused = '. None of it was used' if source else ''
+    repair = f'{unused}. Fetch it again: convnn-timm pull {source}' if source else ''
     try:
         with safe_open(file, 'pt'):
             pass
     except SafetensorError as error:
         raise WeightsError(f'{what} is cut short or no safetensors file ({error}){repair}') from error
+    own = Path(os.readlink(file)).name if file.is_symlink() else ''
+    own = own if re.fullmatch('[0-9a-f]{64}', own) else ''
+    expected = expected or own
+    if not expected or (found := sha256(file)) == expected:
+        return
+    hashes = f'its sha256 is {found[:12]}…, published is {expected[:12]}…'
+    if found == own:
+        raise OtherWeights(
+            f'{what} is whole, but holds other weights than this version of convnn_timm knows ({hashes}): update it, '
+            f'or load these as hf-hub:OWNER/NAME')
+    if own:
+        raise WeightsError(f'{what} is damaged: {hashes}{repair}')
+    keep = f'{unused}. If it is damaged, convnn-timm pull {source} replaces it; other weights load as ' \
+        f'local-dir:{file.parent}' if source else ''
+    raise WeightsError(f'{what} is not the published file: it is damaged, or holds other weights ({hashes}){keep}')
 
 
 def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
