@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs
-from .models._weights import namespace
+from .models._weights import WeightsError, namespace
 from .train_folder import NOT_RECORDED, read_summary
 
 __all__ = [
@@ -69,7 +69,11 @@ CITATION = r"""@article{kang2025attention,
 
 def read_config(folder: Path) -> Dict[str, Any]:
     """The folder's config.json."""
-    return json.loads((folder / 'config.json').read_text())
+    file = folder / 'config.json'
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise WeightsError(f'{file} is damaged: {error}') from error
 
 
 def build_model(config: Dict[str, Any], device: str = 'cpu') -> nn.Module:

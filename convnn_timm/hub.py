@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -30,7 +31,7 @@ import torch.nn as nn
 import yaml
 from huggingface_hub import (
     CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download, snapshot_download)
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,8 +42,8 @@ from .card import PLACES, Record, build_model, machine_name, read_config, write_
 from .images import image_mode
 from .models import _weights
 from .models._weights import (
-    FORMATS, HUB_FAILURES, WEIGHTS, OtherWeights, WeightsError, check_file, explain, find_entry, local_file,
-    manifest_revision, namespace, read_manifest, sha256, split_revision)
+    FORMATS, HUB_FAILURES, TRANSFER_FAILURES, WEIGHTS, OtherWeights, WeightsError, check_file, explain, find_entry,
+    local_file, manifest_revision, namespace, read_manifest, sha256, split_revision)
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import create_batches, create_parts
@@ -302,15 +303,15 @@ def check_folder(folder: Path, entry: Optional[Dict[str, Any]] = None) -> List[s
     try:
         check_file(folder / WEIGHTS, entry and entry['sha256'])
         check_file(folder / GOLDEN)
+        config = read_config(folder)
     except WeightsError as error:
         return [str(error)]
     try:
-        config = read_config(folder)
         model = build_model(config)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         return [f'{folder / CONFIG} describes no model: {error}']
     if entry:
-        found = {**config.get('pretrained_cfg', {}), **config}
+        found = {**(config.get('pretrained_cfg') or {}), **config}
         published = {'model_args': entry['model_args'], **entry['pretrained_cfg']}
         if problems := [
                 f'{folder / CONFIG}: {key} is {found.get(key)}, published is {value}'
@@ -323,7 +324,10 @@ def check_folder(folder: Path, entry: Optional[Dict[str, Any]] = None) -> List[s
     golden = load_file(folder / GOLDEN)
     if golden.keys() != {'inputs', 'logits'}:
         return [f'{folder / GOLDEN} holds {", ".join(golden) or "nothing"}, not inputs and logits']
-    logits = golden_logits(model, golden['inputs'])
+    try:
+        logits = golden_logits(model, golden['inputs'])
+    except (IndexError, RuntimeError, ValueError) as error:
+        return [f'{folder / GOLDEN}: the model takes no inputs as these are: {error}']
     if logits.shape != golden['logits'].shape:
         return [f'{folder}: logits are {tuple(logits.shape)}, golden ones {tuple(golden["logits"].shape)}']
     difference = (logits - golden['logits']).abs().max().item()
@@ -365,7 +369,7 @@ def verify(what: str) -> Tuple[Path, Optional[Dict[str, Any]], List[str]]:
     else:
         entry, repo, revision = resolve(what)
         local = local_file(what) if what in entries else None
-        folder = local.parent if local else fetch(repo, revision)
+        folder = local.parent if local else fetch(repo, revision, needed=(CONFIG, WEIGHTS, GOLDEN, CARD))
     return folder, entry, check_folder(folder, entry)
 
 
@@ -381,12 +385,21 @@ def resolve(what: str) -> Tuple[Optional[Dict[str, Any]], str, Optional[str]]:
     return find_entry(what.removeprefix('hf-hub:')), repo, revision
 
 
-def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None) -> Path:
-    """Download a repository, into the cache or a folder; returns where it is."""
+def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None, needed: Sequence[str] = ()) -> Path:
+    """Download a repository, into the cache or a folder; returns where it is.
+
+    Without connection, that is what the cache has of it. If needed files are not there, it is an error, unless the
+    repository lacks them too.
+    """
     try:
-        return Path(snapshot_download(repo, revision=revision, local_dir=folder))
-    except HUB_FAILURES as error:
+        found = Path(snapshot_download(repo, revision=revision, local_dir=folder))
+        for name in needed:
+            if not (found / name).is_file():
+                with suppress(RemoteEntryNotFoundError):
+                    hf_hub_download(repo, name, revision=revision, local_dir=folder)
+    except TRANSFER_FAILURES as error:
         raise WeightsError(explain(error, repo, revision)) from error
+    return found
 
 
 # Pull
@@ -435,7 +448,7 @@ def may_be_other(file: Path) -> bool:
 
 def fetch_weights(what: str, repo: str, revision: Optional[str], expected: Optional[str]) -> Path:
     """The weights of a repository, whole in the cache; if they were damaged there, they are downloaded again."""
-    file = fetch(repo, revision) / WEIGHTS
+    file = fetch(repo, revision, needed=(WEIGHTS,)) / WEIGHTS
     if not file.is_file():
         raise WeightsError(explain(EntryNotFoundError(), repo, revision))
     try:
@@ -452,9 +465,7 @@ def download_again(repo: str, revision: Optional[str]) -> Path:
     """Download weights whatever is in the cache."""
     try:
         return Path(hf_hub_download(repo, WEIGHTS, revision=revision, force_download=True))
-    except ValueError as error:  # offline or unreachable: the reason is the cause
-        raise WeightsError(explain(error.__cause__ or error, repo, revision)) from error
-    except HUB_FAILURES as error:
+    except TRANSFER_FAILURES as error:
         raise WeightsError(explain(error, repo, revision)) from error
 
 
@@ -504,11 +515,8 @@ def push(
             commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
         else:
             commit = api.repo_info(repo, revision=revision).sha
-    except (*HUB_FAILURES, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # so the client wraps a failed upload
-        if not isinstance(cause, HUB_FAILURES):
-            raise
-        raise WeightsError(f'{explain(cause, repo, revision)}, what was sent is kept') from error
+    except TRANSFER_FAILURES as error:
+        raise WeightsError(f'{explain(error, repo, revision)}, what was sent is kept') from error
 
     check_remote(repo, commit, folder, entry)
     write_entry(dict(entry, hub_id=repo, revision=commit))

@@ -207,6 +207,9 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
     rewrite(foreign / 'model' / 'config.json', architecture='resnet18')
     assert 'trained resnet18, which is no model of this package' in error_of(
         capsys, 'export', foreign, '--tag', 'cifar10', '--output', tmp_path)
+    (foreign / 'model' / 'config.json').write_text('{"architecture":')
+    assert f'{foreign}/model/config.json is damaged: ' in error_of(
+        capsys, 'export', foreign, '--tag', 'cifar10', '--output', tmp_path)
     assert 'there is no folder nowhere. --data-dir says where' in error_of(
         capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', 'nowhere')
     before = manifest.read_text()
@@ -386,6 +389,7 @@ def test_verify_a_good_folder(published, manifest, capsys):
 
 def test_verify_says_what_differs(manifest, card, capsys):
     weights, config = (card / 'model.safetensors').read_bytes(), (card / 'config.json').read_text()
+    published_line = manifest.read_text()
 
     def damage(content):
         (card / 'model.safetensors').write_bytes(content)
@@ -411,6 +415,17 @@ def test_verify_says_what_differs(manifest, card, capsys):
     assert 'describes no model' in error_of(capsys, 'verify', card)
     (card / 'config.json').write_text(config.replace('"num_samples": 32', '"num_samples": 40'))
     assert 'logits differ' in error_of(capsys, 'verify', card)
+    rewrite(card / 'config.json', pretrained_cfg=None, model_args=json.loads(config)['model_args'])
+    assert cli.main(['verify', str(card)]) == 0  # nothing of it is needed
+    manifest.write_text(published_line)
+    assert 'input_size is None, published is [3, 16, 16]' in error_of(capsys, 'verify', card)
+    (card / 'config.json').write_text(config[:100])
+    assert f'{card}/config.json is damaged: ' in error_of(capsys, 'verify', card)
+    (card / 'config.json').write_text(config)
+    golden = load_file(card / 'golden.safetensors')
+    save_file({**golden, 'inputs': golden['inputs'][:, :1].contiguous()}, card / 'golden.safetensors')
+    assert f'{card}/golden.safetensors: the model takes no inputs as these are' in error_of(capsys, 'verify', card)
+    manifest.write_text('[]')
     save_file(dict(inputs=torch.zeros(1, 3, 16, 16)), card / 'golden.safetensors')
     assert 'holds inputs, not inputs and logits' in error_of(capsys, 'verify', card)
     (card / 'golden.safetensors').unlink()

@@ -5,15 +5,18 @@ that has PyTorch loaded; the package there is a copy with a manifest of its own 
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hub_server import Hub, sha256
+import hub_server
+from hub_server import Handler, Hub, sha256
 from test_card import NAME, publish
 
 WEIGHTS = 'model.safetensors'
@@ -277,6 +280,19 @@ def test_push_continues_after_a_fault(session, hub, method, path, fault, times, 
         assert len(posted(hub, 'PUT')) == sent
 
 
+def test_push_says_which_objects_the_storage_refuses(session, hub, monkeypatch):
+    def refuse(handler, name):
+        error = dict(code=403, message='storage quota exceeded')
+        return dict(transfer='basic', objects=[{**o, 'error': error} for o in json.loads(handler.body)['objects']])
+
+    monkeypatch.setattr(hub_server, 'ROUTES', [
+        (pattern, refuse if route is Handler.lfs_batch else route) for pattern, route in hub_server.ROUTES])
+    done = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    assert done.lines == ['status 1'] and 'Traceback' not in done.err
+    message, = (line for line in done.err.splitlines() if line.startswith(f'convnn-timm: error: {PROJECT}: '))
+    assert 'storage quota exceeded' in message and 'what was sent is kept' in message
+
+
 # Loading
 
 def test_order_of_the_places_that_weights_are_loaded_from(session, published, on_the_hub):
@@ -306,7 +322,12 @@ def test_order_of_the_places_that_weights_are_loaded_from(session, published, on
 
 def test_another_namespace(session, hub, published):
     hub.add_repository(f'lab/{NAME}', files_of(published / 'cards' / NAME))
-    assert session(f'load({NAME!r})', CONVNN_TIMM_NAMESPACE='lab').lines == [digest_of(session)]
+    digest = digest_of(session)
+    assert session(f'load({NAME!r})', CONVNN_TIMM_NAMESPACE='lab').lines == [digest]
+    late = f"import timm, convnn_timm.models\nos.environ['CONVNN_TIMM_NAMESPACE'] = 'lab'\nload({NAME!r})"
+    assert session(late).lines == [digest]  # set when the models are registered already
+    hub.repositories.clear()
+    assert session(late, CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
 
 
 def test_arguments_and_weights_of_the_caller_come_first(session, on_the_hub):
@@ -381,6 +402,21 @@ def test_newer_weights_are_not_called_damaged(session, on_the_hub):
         assert 'is whole, but holds other weights' in line and 'update it' in line and 'damaged' not in line
     weights = sha256((session.folder / WEIGHTS).read_bytes())
     assert done.lines[1] == 'status 1' and len(posted(on_the_hub, f'GET /lfs/{weights}')) == 1
+
+
+@pytest.mark.parametrize('owner, env', [('convnn-timm', {}), ('lab', {'CONVNN_TIMM_NAMESPACE': 'lab'})])
+def test_newer_weights_load_by_the_name_of_their_repository(session, hub, owner, env):
+    """Whole by the Hub's own hash, with a config.json of their own: with a warning, and by no other name."""
+    repo = f'{owner}/{NAME}'
+    make_other(session.folder)
+    hub.add_repository(repo, files_of(session.folder))
+    done = session(
+        f"load('hf-hub:{repo}'); run('pull', '{repo}'); load({NAME!r}); load('local-dir:{session.folder}')", **env)
+    assert done.lines[0] == done.lines[4] and done.lines[2] == 'status 0', done.err
+    assert 'is whole, but holds other weights' in done.lines[3]
+    assert done.err.count(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists') == 1
+    damaged = session(f"flip(cached()); load('hf-hub:{repo}')", **env)
+    assert 'is damaged' in damaged.out
 
 
 @pytest.mark.parametrize('missing', [None, 'golden.safetensors', 'README.md'])
@@ -466,6 +502,61 @@ def test_what_can_be_wrong_with_a_repository(session, hub, published):
     assert 'the Hub does not know your token' in said('hf_wrong', CONVNN_TIMM_NAMESPACE='secret')
     assert f'Unset HF_HUB_OFFLINE and run once: convnn-timm pull {PROJECT}@' in said(HF_HUB_OFFLINE='1')
     assert 'cannot be reached. Try again with a connection' in said(HF_ENDPOINT='http://127.0.0.1:1')
+
+
+@pytest.mark.parametrize('env, fault, message', [
+    ({'HF_HUB_OFFLINE': '1'}, None, 'offline mode is on. Unset HF_HUB_OFFLINE and run once: convnn-timm pull'),
+    ({'HF_ENDPOINT': 'http://127.0.0.1:1'}, None, 'cannot be reached. Try again with a connection'),
+    ({}, 500, 'is out of order: it answered 500'),
+])
+def test_a_cache_that_has_only_part_of_a_repository(session, on_the_hub, env, fault, message):
+    """The client then takes it for the whole: what is missing is not missing on the Hub."""
+    on_the_hub.add_repository('someone/mine', files_of(session.folder))
+    on_the_hub.fail('GET', '/lfs/', 'cut', 99)
+    session("load('hf-hub:someone/mine')")  # config.json arrives
+    on_the_hub.faults.clear()
+    session(f'load({NAME!r})')  # fetches nothing but the weights
+    if fault:
+        on_the_hub.fail('GET', '/api/models/', fault, 99)
+        on_the_hub.fail('HEAD', '/resolve/', fault, 99)
+    done = session(f"run('pull', 'someone/mine'); run('verify', {NAME!r}); run('pull', {NAME!r})", **env)
+    assert done.lines[:2] == ['status 1'] * 2 and done.lines[3] == 'status 0', done.err
+    assert [line for line in done.err.splitlines() if line.startswith('convnn-timm')] == [
+        line for line in done.err.splitlines() if message in line] and done.err.count(message) == 2, done.err
+    assert 'holds no weights' not in done.err and 'has no' not in done.err
+
+
+def test_verify_of_a_repository_that_lacks_files(session, hub):
+    files = files_of(session.folder)
+    del files['golden.safetensors']
+    hub.add_repository('someone/mine', files)
+    done = session("run('verify', 'someone/mine'); run('verify', 'someone/mine')")
+    assert done.lines == ['status 1'] * 2 and done.err.count('has no golden.safetensors') == 2
+
+
+def test_storage_that_cannot_be_reached(session, hub, monkeypatch):
+    """hf_xet then raises a plain RuntimeError: on the way here and there."""
+    cas, token, expiry = 'http://127.0.0.1:1', 'token', int(time.time()) + 3600
+    nowhere = {
+        'X-Xet-Hash': 'a' * 64, 'X-Xet-Refresh-Route': f'http://127.0.0.1:{hub.port}/xet', 'X-Xet-Cas-Url': cas,
+        'X-Xet-Access-Token': token, 'X-Xet-Token-Expiration': str(expiry)}
+
+    def send(handler, status, body, headers, send=Handler.send):
+        send(handler, status, body, {**headers, **nowhere} if status == 302 or 'xet' in handler.path else headers)
+
+    monkeypatch.setattr(Handler, 'send', send)
+    answer = dict(casUrl=cas, accessToken=token, exp=expiry)
+    monkeypatch.setattr(hub_server, 'ROUTES', [*hub_server.ROUTES, (re.compile('GET .*/xet.*'), lambda *_: answer)])
+    hub.add_repository('someone/mine', files_of(session.folder))
+    done = session(f"""
+load('hf-hub:someone/mine')
+run('pull', 'someone/mine')
+run('push', {str(session.folder)!r})
+""", token='hf_write', HF_HUB_DISABLE_XET='0', HF_XET_CLIENT_RETRY_MAX_ATTEMPTS='1')
+    message = "the connection to the Hub's storage broke off at "
+    assert done.lines[0].startswith(f'WeightsError: {message}someone/mine: ') and done.lines[1:] == ['status 1'] * 2
+    assert f'error: {message}someone/mine' in done.err and f'error: {message}{PROJECT}' in done.err
+    assert 'what was sent is kept' in done.err and 'Traceback' not in done.err
 
 
 def test_predict_explains_what_is_wrong_with_a_repository(session, on_the_hub):

@@ -5,6 +5,7 @@ compared with it before its weights are used: neither timm nor the Hub's client 
 """
 import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -25,9 +26,11 @@ from safetensors import SafetensorError, safe_open
 from timm.models import resolve_pretrained_cfg
 
 __all__ = [
-    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain', 'find_entry',
-    'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg', 'read_manifest',
-    'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
+    'FORMATS', 'HUB_FAILURES', 'TRANSFER_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain',
+    'find_entry', 'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg',
+    'read_manifest', 'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
+
+_logger = logging.getLogger(__name__)
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
@@ -38,6 +41,9 @@ FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm 
 
 # What the Hub's client raises when something is wrong outside of this program.
 HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
+# And what else comes out of its transfers: RuntimeError of hf_xet, ValueError where the storage takes no file. Around
+# another failure they only say that there was one.
+TRANSFER_FAILURES = (*HUB_FAILURES, RuntimeError, ValueError)
 
 
 class WeightsError(RuntimeError):
@@ -96,7 +102,7 @@ def published_cfg(name: str) -> Dict[str, Any]:
     if entry is None:
         return {}
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in entry['pretrained_cfg'].items()}
-    return dict(cfg, hf_hub_id=hub_id(entry))
+    return dict(cfg, hf_hub_id=entry['hub_id'])
 
 
 def with_tag_arguments(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -197,24 +203,29 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     if cfg.state_dict is not None or not cfg.hf_hub_id:
         return kwargs
 
-    file, source = None, cfg.hf_hub_id
-    entry = find_entry(source)
-    if entry and cfg.source != 'hf-hub':  # asked for by name, not as hf-hub:OWNER/NAME
+    entry = read_manifest().get(f'{variant}.{cfg.tag}')
+    by_name = entry is not None and cfg.source != 'hf-hub' and cfg.hf_hub_id == entry['hub_id']
+    if by_name:
         kwargs = {**entry['model_args'], **kwargs}
-        file, source = local_file(entry['name']), entry['name']
+        source, repo, revision, file = entry['name'], hub_id(entry), manifest_revision(entry), local_file(entry['name'])
+    else:  # as hf-hub:OWNER/NAME
+        entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None
+        repo, revision = split_revision(source)
     if file is None:
-        repo, revision = split_revision(cfg.hf_hub_id)
-        if entry and source == entry['name']:
-            revision = manifest_revision(entry)
         try:
             file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=kwargs.get('cache_dir')))
-        except HUB_FAILURES as error:
+        except TRANSFER_FAILURES as error:
             hint = ''
             if entry and entry['revision'] is None:
                 hint = '. The weights of this version are not on the Hub yet: use a checkout of the project, or set ' \
                     'CONVNN_TIMM_ZOO to the model_cards of one'
             raise WeightsError(explain(error, repo, revision) + hint) from error
-    check_file(file, entry and entry['sha256'], source)
+    try:
+        check_file(file, entry and entry['sha256'], source)
+    except OtherWeights:
+        if by_name or revision:
+            raise
+        _logger.warning(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists')
     return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
 
 
@@ -222,16 +233,17 @@ def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> 
     """Say what went wrong with a repository, and what to do about it.
 
     Args:
-        error: One of `HUB_FAILURES`.
+        error: One of `TRANSFER_FAILURES`.
         repo: The repository, `owner/name`.
         revision: Its branch, tag or commit.
     """
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    error = next((e for e in chain if isinstance(e, HUB_FAILURES)), error)
     status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), 0)
     whole, hub = f'{repo}@{revision}' if revision else repo, constants.ENDPOINT
-    log_in = 'log in with `hf auth login`, or set HF_TOKEN'
+    log_in, said = 'log in with `hf auth login`, or set HF_TOKEN', ' '.join(str(error).split())
 
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return f'{whole} is not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE and run once: ' \
@@ -254,8 +266,9 @@ def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> 
     if isinstance(error, EntryNotFoundError):
         return f'{whole} holds no weights: it lacks config.json or {WEIGHTS}, and other formats are not loaded'
     if status:
-        said = ' '.join(str(error).split())[:300]
-        return f'the Hub ({hub}) refused what was asked of {whole}: it answered {status}: {said}'
+        return f'the Hub ({hub}) refused what was asked of {whole}: it answered {status}: {said[:300]}'
     if isinstance(error, HTTPError) or 'Consistency check' in str(error):
         return f'the connection to the Hub ({hub}) broke off at {whole}: {type(error).__name__}. Run the same again'
-    return f'{whole}: {" ".join(str(error).split()) or type(error).__name__}'
+    if isinstance(error, (ConnectionError, RuntimeError)):  # of hf_xet
+        return f"the connection to the Hub's storage broke off at {whole}: {said[:300]}. Run the same again"
+    return f'{whole}: {said or type(error).__name__}'
