@@ -288,10 +288,11 @@ def errors_of_weights() -> Iterator[None]:
 @errors_of_weights()
 def export(args: argparse.Namespace) -> None:
     from convnn_timm import hub
+    from convnn_timm.models import _weights
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
         args.force, args.seeds)
-    print(f'{folder}: read README.md, then publish it with: convnn-timm push {folder}')
+    print(f'{folder}, with a line in {_weights.MANIFEST}: read README.md, then publish it with: convnn-timm push {folder}')
 
 
 @errors_of_weights()
@@ -299,7 +300,7 @@ def push(args: argparse.Namespace) -> None:
     from convnn_timm import hub
     if bool(args.folder) == args.all:
         raise CommandError('which weights? A folder, or --all', code=2)
-    folders = sorted(path.parent for path in Path('model_cards').glob('*/config.json')) if args.all else [args.folder]
+    folders = hub.published_folders(Path('model_cards')) if args.all else [args.folder]
     if not folders:
         raise CommandError('there is no model_cards folder with weights here')
     for folder in folders:

@@ -49,7 +49,7 @@ from .train_args import UsageError, parse_args
 from .train_data import create_batches, create_parts
 from .train_folder import environment, read_summary
 
-__all__ = ['WeightsError', 'check_folder', 'export', 'pull', 'push', 'verify']
+__all__ = ['WeightsError', 'check_folder', 'export', 'published_folders', 'pull', 'push', 'verify']
 
 # Published are half as many bytes if that costs no more of the top-1 accuracy than this, in points.
 HALF_PRECISION_LOSS = 0.05
@@ -97,7 +97,7 @@ def export(
 
     Raises:
         WeightsError: The run is not finished or not of this package, one of `seeds` is another training, the folder is
-            there, or the images are not.
+            there or holds files of somebody else, the images are not there or others, or the manifest is read-only.
     """
     for folder in filter(None, (run, twin, *seeds)):
         if not (folder / 'model' / WEIGHTS).is_file() or not read_summary(folder):
@@ -113,53 +113,78 @@ def export(
     check_seeds(run, seeds)
     name = f'{published_architecture(config)}.{tag}'
     folder = output / name
+    if folder.is_symlink() or folder.is_file():
+        raise WeightsError(f'{folder} is a link or a file, not a folder of weights: move it away')
     if folder.exists() and not force:
         raise WeightsError(f'{folder} is there already: --force replaces it, --output DIR makes it elsewhere')
+    if others := strangers(folder):
+        raise WeightsError(f'{folder} holds what export did not write, move it away: {", ".join(others[:5])}')
     if name in read_manifest() and not force:
         raise WeightsError(
             f'{name} is the name of other weights, which {_weights.MANIFEST} lists: choose another --tag, or replace '
             f'its line there with --force')
+    write_manifest(_weights.MANIFEST.read_text())  # as it is: that it can be written is known before the work is done
 
     args, model, loader, train_images = open_evaluation(run, data_dir, device)
     stored, results, state_dict = choose_precision(model, loader, args.channels_last)
     inference = measure_speed(model, tuple(config['pretrained_cfg']['input_size']), args)
-    new = output / f'.{name}.partial'
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     config['pretrained_cfg']['tag'] = tag
-    (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-    save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
-    write_golden(new)
-    copy_record(run, new / 'training')
-    if twin:
-        copy_record(twin, new / 'training' / 'twin')
-    for repetition in seeds:
-        copy_record(repetition, new / 'training' / 'seeds' / str(Record(repetition).args['seed']))
     evaluation = dict(
         tag=tag, split=args.val_split, note=data_note, train_images=train_images, stored=stored, **results,
         inference=inference)
-    (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
-    write_card(new, name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)
+    new = output / f'.{name}.partial'
+    shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
+    try:
+        new.mkdir(parents=True)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
+        save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
+        write_golden(new)
+        copy_record(run, new / 'training')
+        if twin:
+            copy_record(twin, new / 'training' / 'twin')
+        for repetition in seeds:
+            copy_record(repetition, new / 'training' / 'seeds' / str(Record(repetition).args['seed']))
+        (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
+        write_card(new, name)
+        entry = manifest_entry(new, name)
+        put_in_place(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    write_entry(entry)
+    return folder
 
-    environment = json.loads((run / 'environment.json').read_text())
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Rename a folder; one that has its name is removed when the new one is there."""
+    old = folder.with_name(f'.{folder.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def manifest_entry(folder: Path, name: str) -> Dict[str, Any]:
+    """The line of a folder in the manifest."""
+    config, record = read_config(folder), folder / 'training'
+    evaluation, environment = (
+        json.loads((record / file).read_text()) for file in ('evaluation.json', 'environment.json'))
+    results = evaluation[evaluation['stored']]
     known = {**config['pretrained_cfg'], **config}
-    write_entry(dict(
+    return dict(
         name=name,
         file=WEIGHTS,
         size=(folder / WEIGHTS).stat().st_size,
         sha256=sha256(folder / WEIGHTS),
-        top1=round(results[stored]['top1'], 4),
-        top5=round(results[stored]['top5'], 4),
-        dataset=tag,
+        top1=round(results['top1'], 4),
+        top5=round(results['top5'], 4),
+        dataset=evaluation['tag'],
         commit=environment['commit'],
         hub_id=f'{namespace()}/{name}',
         revision=None,
         model_args=config.get('model_args', {}),
         pretrained_cfg={key: known[key] for key in MANIFEST_CFG if key in known},
-    ))
-    return folder
+    )
 
 
 def published_architecture(config: Dict[str, Any]) -> str:
@@ -190,8 +215,11 @@ def open_evaluation(run: Path, data_dir: str, device: str) -> Tuple[Any, nn.Modu
     moved = ['--data-dir', data_dir] if data_dir else []
     try:
         args = parse_args(['-c', str(run / 'args.yaml'), '--device', device, '--holdout', '0', *moved])
-        train_part, part, _ = create_parts(args)
+        train_part, part, names = create_parts(args)
         model = timm.create_model(f'local-dir:{run / "model"}', pretrained=True).to(device)
+        known = model.pretrained_cfg.get('label_names')
+        if known and names and list(known) != list(names):
+            raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
         loader = create_batches(part, args, resolve_data_config(vars(args), model=model), torch.device(device))
     except UsageError as error:
         raise WeightsError(f'{run} cannot be evaluated: {error}. --data-dir says where its images are now') from error
@@ -276,13 +304,21 @@ def golden_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def write_entry(entry: Dict[str, Any]) -> None:
     """Add a line to the manifest, or replace the one of that name."""
     entries = sorted({**read_manifest(), entry['name']: entry}.values(), key=lambda e: e['name'])
-    text = '[\n' + ',\n'.join(map(json.dumps, entries)) + '\n]\n'
+    write_manifest('[\n' + ',\n'.join(map(json.dumps, entries)) + '\n]\n')
+
+
+def write_manifest(text: str) -> None:
     partial = _weights.MANIFEST.with_suffix('.partial')
     try:
         partial.write_text(text)
         os.replace(partial, _weights.MANIFEST)
     except OSError as error:
         raise WeightsError(f'cannot write {_weights.MANIFEST} ({error.strerror}): work in a checkout') from error
+
+
+def published_folders(zoo: Path) -> List[Path]:
+    """The folders of published weights in a folder, without those with a dot, which an export left that was killed."""
+    return sorted(file.parent for file in zoo.glob(f'[!.]*/{CONFIG}'))
 
 
 # Verify

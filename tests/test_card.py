@@ -25,7 +25,7 @@ NAME = 'resnet18_convnn_branching.cifar10'
 CLASSES = ('bee', 'cat', 'dog')
 PACKAGE = Path(hub.__file__).parent
 ROOT = Path(__file__).parents[1]
-SHIPPED = {path.parent.name: path.parent for path in (ROOT / 'model_cards').glob('*/config.json')}
+SHIPPED = {folder.name: folder for folder in hub.published_folders(ROOT / 'model_cards')}
 
 
 @functools.cache
@@ -115,13 +115,7 @@ def test_a_shipped_card_and_line_of_the_manifest_are_those_of_the_files(name, tm
     write_card(folder, name)
     assert (folder / 'README.md').read_text() == (SHIPPED[name] / 'README.md').read_text()
     entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
-    config = json.loads((folder / 'config.json').read_text())
-    measured = json.loads((folder / 'training' / 'evaluation.json').read_text())
-    measured = measured[measured['stored']]
-    assert entry['model_args'] == config['model_args']
-    assert entry['pretrained_cfg'].items() <= {**config['pretrained_cfg'], **config}.items()
-    assert (entry['top1'], entry['top5']) == (round(measured['top1'], 4), round(measured['top5'], 4))
-    assert entry['commit'] == json.loads((folder / 'training' / 'environment.json').read_text())['commit']
+    assert {**hub.manifest_entry(folder, name), 'hub_id': entry['hub_id'], 'revision': entry['revision']} == entry
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -212,9 +206,60 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
         capsys, 'export', foreign, '--tag', 'cifar10', '--output', tmp_path)
     assert 'there is no folder nowhere. --data-dir says where' in error_of(
         capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', 'nowhere')
+    for split in ('train', 'validation'):
+        for name in CLASSES:
+            shutil.copytree(published / 'images' / split / name, tmp_path / 'pets' / split / f'a {name}')
+    assert 'tells bee, cat, dog apart, the data has a bee, a cat, a dog. --data-dir says where' in error_of(
+        capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', tmp_path / 'pets')
     before = manifest.read_text()
     assert 'is the name of other weights' in error_of(capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path)
     assert manifest.read_text() == before and not (tmp_path / NAME).exists()
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(hub, 'open_evaluation', lambda *_: pytest.fail('the evaluation was begun'))
+
+
+def test_export_replaces_nothing_that_it_did_not_write(published, manifest, card, capsys, tmp_path, no_evaluation):
+    call = ('export', published / 'output' / NAME.split('.')[0], '--tag', 'cifar10', '--force', '--output', card.parent)
+    (card / '.git').mkdir()
+    for file in ('notes.txt', '.git/HEAD'):
+        (card / file).write_text('mine')
+        assert f'{card} holds what export did not write, move it away: {file}' in error_of(capsys, *call)
+        (card / file).unlink()
+    card.rename(tmp_path / 'elsewhere')
+    card.symlink_to(tmp_path / 'elsewhere')
+    assert f'{card} is a link or a file' in error_of(capsys, *call)
+    assert (tmp_path / 'elsewhere' / 'model.safetensors').is_file()
+
+
+def test_a_manifest_that_cannot_be_written_is_known_before_the_evaluation(
+        published, manifest, capsys, tmp_path, no_evaluation):
+    manifest.with_suffix('.partial').mkdir()
+    assert f'cannot write {manifest} (Is a directory): work in a checkout' in error_of(
+        capsys, 'export', published / 'output' / 'resnet18_conv2d', '--tag', 'noise', '--output', tmp_path)
+
+
+@pytest.mark.parametrize('step', ['write_card', 'manifest_entry'])
+def test_an_interrupted_export_leaves_nothing(published, manifest, capsys, tmp_path, monkeypatch, step):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = manifest.read_text()
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(hub, step, interrupt)
+    run = published / 'output' / 'resnet18_conv2d'
+    assert 'interrupted' in error_of(capsys, 'export', run, '--tag', 'noise', '--output', tmp_path / 'cards')
+    assert not list((tmp_path / 'cards').iterdir()) and manifest.read_text() == before
+
+
+def test_an_old_folder_is_kept_until_the_new_one_is_there(card):
+    files = sorted(path.name for path in card.iterdir())
+    with pytest.raises(FileNotFoundError):
+        hub.put_in_place(card.parent / 'new', card)
+    kept, = card.parent.iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == files and hub.published_folders(card.parent) == []
 
 
 def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path):
@@ -358,6 +403,8 @@ def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
 
     assert 'No weights are published yet.' in zoo()
     shutil.copytree(card, tmp_path / 'model_cards' / NAME)
+    (tmp_path / 'model_cards' / f'.{NAME}.partial').mkdir()  # an export was killed
+    shutil.copy(card / 'config.json', tmp_path / 'model_cards' / f'.{NAME}.partial')
     training = tmp_path / 'model_cards' / NAME / 'training'
     for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'twin', 92.5)):
         set_top1(folder, top1)

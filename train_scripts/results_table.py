@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
 from convnn_timm.card import Card, Record, count_parameters, read_card
+from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +142,7 @@ def tables(root: Path = ROOT) -> Dict[Path, str]:
     searched = sorted((path.parent for path in (results / 'search').glob('*/summary.csv')), key=comparable)
     if searched:
         files[results / 'search' / 'README.md'] = SEARCH_HEADER + markdown(SEARCH_COLUMNS, map(search_row, searched))
-    cards = [read_card(path.parent, path.parent.name) for path in sorted(zoo.glob('*/config.json'))]
+    cards = [read_card(folder, folder.name) for folder in published_folders(zoo)]
     for file, link in ((root / 'README.md', 'model_cards/'), (zoo / 'README.md', '')):
         parts = re.fullmatch('(.*<!-- zoo -->\n).*(<!-- /zoo -->\n.*)', file.read_text(), re.DOTALL)
         if parts is None:
