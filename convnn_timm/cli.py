@@ -143,7 +143,7 @@ def build_parser() -> Parser:
     sub.add_argument('folder', nargs='?', type=Path, metavar='DIR', help='folder that `export` made')
     sub.add_argument('--all', action='store_true', help='all folders in model_cards')
     sub.add_argument('--namespace', metavar='NAME', help='user or organization (default: that of the project)')
-    sub.add_argument('--private', action='store_true', help='private, if the repository does not exist yet')
+    sub.add_argument('--private', action='store_true', help='into a private repository')
     sub.add_argument('--revision', metavar='BRANCH', help='branch, made if it is not there (main)')
 
     sub = add(
@@ -295,17 +295,23 @@ def export(args: argparse.Namespace) -> None:
     print(f'{folder}, with a line in {_weights.MANIFEST}: read README.md, then publish it with: convnn-timm push {folder}')
 
 
-@errors_of_weights()
-def push(args: argparse.Namespace) -> None:
+def push(args: argparse.Namespace) -> int:
     from convnn_timm import hub
     if bool(args.folder) == args.all:
         raise CommandError('which weights? A folder, or --all', code=2)
     folders = hub.published_folders(Path('model_cards')) if args.all else [args.folder]
     if not folders:
         raise CommandError('there is no model_cards folder with weights here')
+    status = 0
     for folder in folders:
-        repo, commit, new = hub.push(folder, args.namespace, args.private, args.revision)
-        print(f'{repo}: {"pushed" if new else "was there already"}, verified, commit {commit}', flush=True)
+        try:
+            repo, commit, new = hub.push(folder, args.namespace, args.private, args.revision)
+        except hub.WeightsError as error:
+            report(f'{folder}: {error}' if args.all else str(error))
+            status = 1
+        else:
+            print(f'{repo}: {"pushed" if new else "was there already"}, verified, commit {commit}', flush=True)
+    return status
 
 
 @errors_of_weights()

@@ -1,6 +1,7 @@
 """From a run folder to a published weight: export, push, verify, pull.
 
-A published weight is a folder `<arch>.<tag>/`, and the same files are its repository on the Hub:
+A published weight is a folder `<arch>.<tag>/`, and the same files are its repository on the Hub, whose name the card
+there has:
 
     config.json           timm's: architecture, model arguments, preprocessing, names of the classes
     model.safetensors     the weights
@@ -11,7 +12,6 @@ A published weight is a folder `<arch>.<tag>/`, and the same files are its repos
 
 The package's manifest.json has a line for each; models/_weights.py reads it where the weights are loaded.
 """
-import filecmp
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from statistics import median
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -521,7 +521,7 @@ def push(
     Args:
         folder: The folder, its name that of the weight.
         owner: User or organization, the project's by default.
-        private: If the repository is made, make it private.
+        private: Make a private repository; one that is there already must be private.
         revision: Branch, made if it is not there; `main` by default.
 
     Returns:
@@ -541,20 +541,26 @@ def push(
     if problems := problems or check_folder(folder, entry):
         raise WeightsError('\n'.join(['nothing was sent:', *problems]))
 
-    api = HfApi()
+    api, files = HfApi(), files_for(repo, folder)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise WeightsError(
+                f'{repo} is there already, and public: nothing was sent. {constants.ENDPOINT}/{repo}/settings makes it '
+                f'private')
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = list(changes(api, repo, revision, folder))
+        operations = list(changes(api, repo, revision, files))
         if operations:
             commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
         else:
             commit = api.repo_info(repo, revision=revision).sha
+    except WeightsError:
+        raise
     except TRANSFER_FAILURES as error:
         raise WeightsError(f'{explain(error, repo, revision)}, what was sent is kept') from error
 
-    check_remote(repo, commit, folder, entry)
+    check_remote(repo, commit, files, entry)
     write_entry(dict(entry, hub_id=repo, revision=commit))
     return repo, commit, bool(operations)
 
@@ -567,25 +573,38 @@ def check_access(owner: str) -> None:
         user = HfApi().whoami()
     except HUB_FAILURES as error:
         raise WeightsError(explain(error, owner)) from error
-    if (user.get('auth') or {}).get('accessToken', {}).get('role') == 'read':
+    token = (user.get('auth') or {}).get('accessToken', {})
+    if token.get('role') == 'read' or 'repo.write' not in str(token.get('fineGrained', 'repo.write')):
         raise WeightsError(f"the token of {user['name']} can only read: {NEW_TOKEN}")
-    own = [user['name'], *(org['name'] for org in user.get('orgs', []))]
+    roles = {user['name']: 'admin', **{org['name']: org.get('roleInOrg') for org in user.get('orgs', [])}}
+    own = [name for name, role in roles.items() if role != 'read']
     if owner not in own:
         raise WeightsError(f"{user['name']} may not write to {owner}: choose --namespace {' or '.join(own)}")
 
 
-def changes(api: HfApi, repo: str, revision: Optional[str], folder: Path) -> Iterator[Any]:
-    """What brings the folder's files to the repository."""
+def files_for(repo: str, folder: Path) -> Dict[str, Union[Path, bytes]]:
+    """What a repository of the folder's weight holds: its files, but for the card, which names that repository."""
+    card = re.sub(
+        rf'hf-hub:[\w.-]+/{re.escape(own_name(folder))}(?![\w-])'.encode(), f'hf-hub:{repo}'.encode(),
+        (folder / CARD).read_bytes())
+    return {**files_of(folder), CARD: card}
+
+
+def content_of(file: Union[Path, bytes]) -> bytes:
+    return file if isinstance(file, bytes) else file.read_bytes()
+
+
+def changes(api: HfApi, repo: str, revision: Optional[str], files: Dict[str, Union[Path, bytes]]) -> Iterator[Any]:
+    """What brings files to the repository."""
     remote = {
         file.path: file.lfs.sha256 if file.lfs else file.blob_id
         for file in api.list_repo_tree(repo, recursive=True, revision=revision) if hasattr(file, 'blob_id')}
-    local = files_of(folder)
-    for path, file in local.items():
-        content = file.read_bytes()
+    for path, file in files.items():
+        content = content_of(file)
         oids = hashlib.sha256(content).hexdigest(), hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
         if remote.get(path) not in oids:
             yield CommitOperationAdd(path, file)
-    for path in sorted(remote.keys() - local.keys()):  # what others added stays, but for weights that these replace
+    for path in sorted(remote.keys() - files.keys()):  # what others added stays, but for weights that these replace
         if is_exported(path) or PurePosixPath(path).suffix in FORMATS:
             yield CommitOperationDelete(path)
 
@@ -612,12 +631,14 @@ def files_of(folder: Path) -> Dict[str, Path]:
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob('*')) if file.is_file()}
 
 
-def check_remote(repo: str, commit: str, folder: Path, entry: Dict[str, Any]) -> None:
+def check_remote(repo: str, commit: str, files: Dict[str, Union[Path, bytes]], entry: Dict[str, Any]) -> None:
     """Download what was pushed, compare each file, and compute the golden logits with it."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = fetch(repo, commit, Path(scratch) / own_name(folder))
-        _, different, absent = filecmp.cmpfiles(folder, copy, files_of(folder), shallow=False)
-        problems = [f'{path} differs from the file that was sent' for path in different + absent]
+        copy = fetch(repo, commit, Path(scratch) / entry['name'])
+        arrived = files_of(copy)
+        problems = [
+            f'{path} differs from the file that was sent' for path, file in files.items()
+            if path not in arrived or arrived[path].read_bytes() != content_of(file)]
         problems += check_folder(copy, entry)
     if problems:
         raise WeightsError('\n'.join([f'{repo} is not what was sent, and is not recorded. Push again:', *problems]))

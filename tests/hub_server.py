@@ -16,13 +16,13 @@ import threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 from urllib.parse import unquote, urlsplit
 
 __all__ = ['Hub', 'sha256']
 
 LARGE = ('.safetensors', '.png', '.bin')  # suffixes of the files that the Hub keeps in large file storage (LFS)
-User = namedtuple('User', 'name role orgs')
+User = namedtuple('User', 'name role orgs permissions')
 
 
 class Failure(Exception):
@@ -90,9 +90,21 @@ class Hub:
             HF_HUB_DISABLE_TELEMETRY='1', HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0',
             NO_PROXY='127.0.0.1,localhost', no_proxy='127.0.0.1,localhost')
 
-    def add_user(self, token: str, name: str, role: str = 'write', orgs: Tuple[str, ...] = ()) -> None:
-        """Let `token` stand for a user; with the role `read` it cannot write."""
-        self.users[token] = User(name, role, orgs)
+    def add_user(
+            self,
+            token: str,
+            name: str,
+            role: str = 'write',
+            orgs: Union[Tuple[str, ...], Dict[str, str]] = (),
+            permissions: Tuple[str, ...] = (),
+    ) -> None:
+        """Let `token` stand for a user.
+
+        With the role `read` it cannot write; with the role `fineGrained`, if `permissions` hold `repo.write`. `orgs`
+        are the user's organizations, with the role in each if it is not `write`.
+        """
+        orgs = orgs if isinstance(orgs, dict) else dict.fromkeys(orgs, 'write')
+        self.users[token] = User(name, role, orgs, permissions)
 
     def add_repository(self, name: str, files: Dict[str, bytes], private: bool = False) -> str:
         """Make a repository with these files on `main`; returns the commit."""
@@ -197,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def readable(self, name: str) -> Repository:
         repository, user = self.hub.repositories.get(name), self.user()
-        if repository is None or repository.private and not self.may_write(user, name):
+        if repository is None or repository.private and not self.is_own(user, name):
             raise Failure(404 if user else 401, 'RepoNotFound', 'Repository not found')
         return repository
 
@@ -205,13 +217,17 @@ class Handler(BaseHTTPRequestHandler):
         repository, user = self.readable(name), self.user()
         if user is None:
             raise Failure(401, message='Invalid username or password.')
-        if user.role == 'read' or not self.may_write(user, name):
+        if not self.may_write(user, name):
             raise Failure(403, message=f'You do not have the required permissions to write to {name}')
         return repository
 
     @staticmethod
-    def may_write(user: Optional[User], name: str) -> bool:
+    def is_own(user: Optional[User], name: str) -> bool:
         return user is not None and name.split('/')[0] in (user.name, *user.orgs)
+
+    def may_write(self, user: User, name: str) -> bool:
+        allowed = user.role == 'write' or user.role == 'fineGrained' and 'repo.write' in user.permissions
+        return allowed and self.is_own(user, name) and user.orgs.get(name.split('/')[0]) != 'read'
 
     # Routes
 
@@ -219,9 +235,13 @@ class Handler(BaseHTTPRequestHandler):
         user = self.user()
         if user is None:
             raise Failure(401, message='Invalid username or password.')
+        token = dict(displayName='test', role=user.role)
+        if user.role == 'fineGrained':
+            entity = dict(type='user', name=user.name)
+            token['fineGrained'] = {'scoped': [dict(entity=entity, permissions=list(user.permissions))], 'global': []}
         return dict(
-            type='user', name=user.name, orgs=[dict(name=org) for org in user.orgs],
-            auth=dict(type='access_token', accessToken=dict(displayName='test', role=user.role)))
+            type='user', name=user.name, orgs=[dict(name=org, roleInOrg=role) for org, role in user.orgs.items()],
+            auth=dict(type='access_token', accessToken=token))
 
     def create(self) -> dict:
         wanted = json.loads(self.body)
@@ -229,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Failure(401, message='Invalid username or password.')
         name = f"{wanted.get('organization') or user.name}/{wanted['name']}"
-        if user.role == 'read' or not self.may_write(user, name):
+        if not self.may_write(user, name):
             raise Failure(403, message='You do not have the rights to create a model under this namespace')
         url = {'url': f'http://127.0.0.1:{self.hub.port}/{name}'}
         if name in self.hub.repositories:

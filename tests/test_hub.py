@@ -92,11 +92,13 @@ def forks(published):
 
 @pytest.fixture
 def hub():
-    """A Hub with the project's owner, somebody else, and a token that can only read."""
+    """A Hub with the project's owner, somebody else, and some who can only read what the project has."""
     with Hub() as hub:
         hub.add_user('hf_write', 'maintainer', orgs=('convnn-timm',))
         hub.add_user('hf_other', 'alice')
         hub.add_user('hf_read', 'convnn-timm', role='read')
+        hub.add_user('hf_fine', 'maintainer', 'fineGrained', ('convnn-timm',), ('repo.content.read',))
+        hub.add_user('hf_member', 'bob', orgs={'convnn-timm': 'read', 'lab': 'write'})
         yield hub
 
 
@@ -210,6 +212,15 @@ def test_push_as_somebody_else_and_private(session, hub):
     assert 'status 0' in done.out, done.err
     assert hub.repositories[f'alice/{NAME}'].private
     assert json.loads(session.manifest.read_text())[0]['hub_id'] == f'alice/{NAME}'
+    # On the Hub the card names the repository that it is in, and says otherwise what the folder's says.
+    local, card = (session.folder / 'README.md').read_text(), hub.files(f'alice/{NAME}')['README.md'].decode()
+    assert f'`hf-hub:{PROJECT}`' in local and card == local.replace(PROJECT, f'alice/{NAME}')
+    by_hand = f'By hand, and hf-hub:someone/{NAME}_else is another.\n'
+    (session.folder / 'README.md').write_text(local + by_hand)
+    push = f"run('push', {str(session.folder)!r}, '--namespace', 'alice', '--private')\n"
+    again = session(push * 2, token='hf_other')
+    assert 'pushed, verified' in again.lines[0] and 'was there already' in again.lines[2], again.err
+    assert hub.files(f'alice/{NAME}')['README.md'].decode() == card + by_hand
     private = session(f'load("hf-hub:alice/{NAME}")')
     assert 'RepositoryNotFoundError' in private.out
     assert session(f'load({NAME!r})').out.startswith(
@@ -217,17 +228,48 @@ def test_push_as_somebody_else_and_private(session, hub):
     assert session(f'load({NAME!r})', token='hf_other').lines == [digest_of(session)]
 
 
+def test_push_makes_nothing_public_that_was_to_be_private(session, hub):
+    hub.add_repository(f'alice/{NAME}', {'notes.md': b''})
+    done = session(f"run('push', {str(session.folder)!r}, '--namespace', 'alice', '--private')", token='hf_other')
+    assert done.lines == ['status 1']
+    assert f'error: alice/{NAME} is there already, and public: nothing was sent. http://127.0.0.1' in done.err
+    assert hub.files(f'alice/{NAME}').keys() == {'notes.md'} and not posted(hub, 'PUT')
+
+
 @pytest.mark.parametrize('token, message', [
     ('', 'you are not logged in: run `hf auth login`, or set HF_TOKEN; '),
     ('hf_wrong', 'the Hub does not know your token'),
     ('hf_read', 'the token of convnn-timm can only read: http'),
+    ('hf_fine', 'the token of maintainer can only read: http'),
     ('hf_other', 'alice may not write to convnn-timm: choose --namespace alice'),
+    ('hf_member', 'bob may not write to convnn-timm: choose --namespace bob or lab\n'),
 ])
 def test_push_asks_who_you_are_before_it_reads_weights(session, hub, token, message):
     (session.folder / WEIGHTS).unlink()
     done = session(f"run('push', {str(session.folder)!r})", token=token)
     assert done.lines == ['status 1'] and done.err.startswith('convnn-timm: error: ' + message), done.err
     assert set(hub.log) <= {'GET /api/whoami-v2'}
+
+
+def test_push_with_a_token_for_some_things(session, hub):
+    hub.add_user('hf_writer', 'maintainer', role='fineGrained', orgs=('convnn-timm',), permissions=('repo.write',))
+    done = session(f"run('push', {str(session.folder)!r})", token='hf_writer')
+    assert 'pushed, verified' in done.out, done.err
+
+
+def test_push_all_goes_on_after_a_folder_that_fails(session, hub):
+    other = NAME.replace('cifar10', 'a_copy')
+    shutil.copytree(session.folder, session.cards / other)
+    (session.cards / other / WEIGHTS).write_bytes(b'damaged')  # the first of them
+    shutil.copytree(session.folder, session.cards / f'.{NAME}.partial')  # of an export that was killed
+    entry, = json.loads(session.manifest.read_text())
+    session.manifest.write_text(json.dumps([entry, {**entry, 'name': other, 'hub_id': f'convnn-timm/{other}'}]))
+    done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
+    assert len(done.lines) == 2 and done.lines[0].startswith(f'{PROJECT}: pushed') and done.lines[1] == 'status 1'
+    assert f'convnn-timm: error: model_cards/{other}: nothing was sent:' in done.err and 'partial' not in done.err
+    assert set(hub.repositories) == {PROJECT}
+    line = {e['name']: e['revision'] for e in json.loads(session.manifest.read_text())}
+    assert line == {NAME: hub.repositories[PROJECT].branches['main'], other: None}
 
 
 def test_push_sends_nothing_that_is_damaged_or_unknown(session, hub):
