@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hub_server
+from convnn_timm.card import build_model, write_card
+from convnn_timm.hub import manifest_entry, write_golden
 from hub_server import Handler, Hub, sha256
 from test_card import NAME, publish
 
@@ -611,15 +613,52 @@ run('predict', 'x.png', '--model', {NAME!r})
     assert f"{PROJECT} has no revision 'v9'" in done.err and 'x.png: not found' in done.err
 
 
-def test_every_python_block_of_a_card_runs_as_printed(session, on_the_hub):
-    done = session(f"""
+def blocks_of(card):
+    """Code that runs the Python blocks of a card."""
+    return f"""
 import re
-text = Path({str(session.folder / 'README.md')!r}).read_text()
+text = Path({str(card / 'README.md')!r}).read_text()
 for code in re.findall(r'^```python\\n(.*?)^```', text, re.DOTALL | re.MULTILINE):
     exec(code, {{}})
     print('ran')
-""")
+"""
+
+
+def test_every_python_block_of_a_card_runs_as_printed(session, on_the_hub):
+    done = session(blocks_of(session.folder))
     assert done.lines.count('ran') == 3 and ' % ' in done.lines[0]
     shapes = [line for line in done.lines if line.startswith('(2,')]
     card = (session.folder / 'README.md').read_text().splitlines()
     assert shapes == [line[4:] for line in card if line.startswith('#   (')]
+
+
+def test_the_card_of_a_model_for_224_pixels_runs_as_printed(session):
+    name = 'resnet18_convnn_branching_224.noise'
+    folder = shutil.copytree(session.folder, session.cards / name)
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(architecture=name.split('.')[0], model_args=dict(num_classes=3, channels=(8, 8, 16, 16)))
+    config['pretrained_cfg'].update(tag='noise', input_size=[3, 32, 32])
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file(build_model(config).state_dict(), folder / WEIGHTS, metadata={'format': 'pt'})
+    write_golden(folder)
+    write_card(folder, name)
+    session.manifest.write_text(json.dumps([manifest_entry(folder, name)]))
+    done = session(blocks_of(folder), CONVNN_TIMM_ZOO=str(session.cards))
+    assert done.lines.count('ran') == 3 and ' % ' in done.lines[0]
+
+
+def test_a_tag_is_no_architectures_default_for_having_weights_alone(session):
+    """The architecture's name stands for what it always did."""
+    names = ['resnet18_conv2d.noise', 'resnet18_convnn_branching_224.noise', 'vgg11_convnn_branching_224.noise']
+    entry, = json.loads(session.manifest.read_text())
+    session.manifest.write_text(json.dumps([{**entry, 'name': name} for name in names]))
+    done = session(f"""
+import convnn_timm.models, timm
+print(timm.list_pretrained('*.noise'))
+for name in {names}:
+    own, plain = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name.split('.')[0])
+    print(own.label_names, plain.num_classes, plain.input_size, plain.label_names, bool(plain.has_weights))
+""")
+    assert done.lines[0] == str(names)
+    assert done.lines[1] == "('bee', 'cat', 'dog') 10 (3, 32, 32) None False"
+    assert done.lines[2:] == ["('bee', 'cat', 'dog') 1000 (3, 224, 224) None False"] * 2

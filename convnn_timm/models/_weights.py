@@ -90,15 +90,19 @@ def split_revision(repo: str) -> Tuple[str, Optional[str]]:
     return repo, revision or None
 
 
-def tagged_names(variants: Iterable[str]) -> List[str]:
-    """Names `<arch>.<tag>` of these architectures: each with the tag cifar10, and others that are published."""
+def tagged_names(variants: Iterable[str], tag: str = 'cifar10') -> List[str]:
+    """Names `<arch>.<tag>` of these architectures: those that are published, and each with this tag.
+
+    Timm takes the last with a star for the architecture's default, whichever have weights.
+    """
+    default = [f'{variant}.{tag}*' for variant in variants]
     published = [name for name in read_manifest() if name.split('.')[0] in variants]
-    return list(dict.fromkeys([f'{variant}.cifar10' for variant in variants] + published))
+    return [name for name in published if f'{name}*' not in default] + default
 
 
 def published_cfg(name: str) -> Dict[str, Any]:
     """What a published weight adds to timm's configuration of its name; nothing if it is not published."""
-    entry = read_manifest().get(name)
+    entry = read_manifest().get(name.rstrip('*'))
     if entry is None:
         return {}
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in entry['pretrained_cfg'].items()}

@@ -131,7 +131,7 @@ _VARIANTS_224 = {f'{depth}_convnn_branching_224': (depth, 'convnn_branching') fo
 
 default_cfgs = generate_default_cfgs({
     **{name: _cfg(**published_cfg(name)) for name in tagged_names(_VARIANTS)},
-    **{name: _cfg_224() for name in _VARIANTS_224}})
+    **{name: _cfg_224(**published_cfg(name)) for name in tagged_names(_VARIANTS_224, '')}})
 
 
 def _create_convnn_resnet(variant: str, pretrained: bool = False, **kwargs) -> ConvNNResNet:

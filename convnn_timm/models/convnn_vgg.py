@@ -123,7 +123,8 @@ _VARIANTS_224 = {'vgg11_convnn_branching_224': ('vgg11', 'convnn_branching')}
 
 default_cfgs = generate_default_cfgs({
     **{name: _cfg(_VARIANTS[name.split('.')[0]][1], **published_cfg(name)) for name in tagged_names(_VARIANTS)},
-    **{name: _cfg(layer, imagenet_cfg, pool=7) for name, (_, layer) in _VARIANTS_224.items()}})
+    **{name: _cfg('convnn_branching', imagenet_cfg, pool=7, **published_cfg(name))
+       for name in tagged_names(_VARIANTS_224, '')}})
 
 
 def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
