@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -27,11 +27,11 @@ __all__ = [
     'PLACES', 'Card', 'Record', 'build_model', 'count_parameters', 'machine_name', 'read_card', 'read_config',
     'write_card']
 
-# Data sets by the tag that names them: identifier on the Hub, and name.
+# Data sets by the tag that names them: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
-    'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'),
-    'cifar100': ('uoft-cs/cifar100', 'CIFAR-100'),
-    'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k'),
+    'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
+    'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),
+    'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation'),
 }
 # Models by the layer in their name.
 KINDS = {
@@ -99,6 +99,11 @@ class Record:
         return int(self.last('epoch')) + 1
 
     @property
+    def images(self) -> int:
+        """How many images it was evaluated on."""
+        return int(float(self.summary[-1]['eval_images']))
+
+    @property
     def speed(self) -> float:
         """Images a second in training, mean over the epochs."""
         return mean(float(row['train_images_per_s']) for row in self.summary)
@@ -161,12 +166,14 @@ class Card:
         return self.config['pretrained_cfg']['input_size']
 
     @property
-    def dataset_id(self) -> str:
-        return DATASETS.get(self.evaluation['tag'], [self.evaluation['tag']])[0]
+    def on_the_hub(self) -> Tuple[str, str, str]:
+        """The data set, as in `DATASETS`."""
+        tag = self.evaluation['tag']
+        return DATASETS.get(tag, (tag, tag, self.evaluation['split']))
 
     @property
     def dataset(self) -> str:
-        return DATASETS.get(self.evaluation['tag'], [self.evaluation['tag']])[-1]
+        return self.on_the_hub[1]
 
     @property
     def data(self) -> str:
@@ -204,20 +211,21 @@ def write_card(folder: Path, name: str) -> None:
 
 def metadata(card: Card) -> ModelCardData:
     measured = card.evaluation[card.evaluation['stored']]
+    dataset_id, dataset, split = card.on_the_hub
     return ModelCardData(
-        license='mit',
+        license=card.config['pretrained_cfg'].get('license') or 'mit',  # a converted network keeps its own
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'convnn'],
-        datasets=[card.dataset_id] if '/' in card.dataset_id else None,
+        datasets=[dataset_id] if '/' in dataset_id else None,
         metrics=['accuracy'],
         model_name=card.name,
         eval_results=[
             EvalResult(
                 task_type='image-classification',
-                dataset_type=card.dataset_id,
-                dataset_name=card.dataset,
-                dataset_split=card.evaluation['split'],
+                dataset_type=dataset_id,
+                dataset_name=dataset,
+                dataset_split=split,
                 metric_type='accuracy',
                 metric_name=label,
                 metric_value=round(measured[key], 2),
@@ -347,6 +355,10 @@ def training(card: Card) -> str:
         changed = [
             f'`{key}: {args[key]}`' for key, value in card.recipe.items() if args.get(key, value) != value]
         on += f', by training/recipe.yaml {"with " + ", ".join(changed) if changed else "unchanged"}'
+    if args.get('initial_checkpoint'):
+        on += f', from the weights in `{Path(args["initial_checkpoint"]).name}`'
+    elif args.get('pretrained'):
+        on += f', from the pretrained weights of `{args["model"]}`'
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
     rows = '\n'.join(f'| {key} | {args[key]} |' for key in SHOWN if args.get(key) not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
@@ -415,6 +427,8 @@ def comparison(card: Card) -> str:
         f'`{key}`: {run.args.get(key)} here, {twin.args.get(key)} there'
         for key in sorted(keys) if run.args.get(key) != twin.args.get(key)]
     arguments = f'other arguments: {"; ".join(different)}' if different else 'the same arguments'
+    if twin.images != run.images:
+        arguments += f', and evaluated on {twin.images:,} images, not {run.images:,}'
     rows = '\n'.join(map(comparison_row, (run, twin)))
     return f"""
 

@@ -96,8 +96,9 @@ def export(
         The folder.
 
     Raises:
-        WeightsError: The run is not finished or not of this package, one of `seeds` is another training, the folder is
-            there or holds files of somebody else, the images are not there or others, or the manifest is read-only.
+        WeightsError: The run is not finished or not of this package, `twin` or one of `seeds` is of other data, one of
+            `seeds` another training, the folder is there or holds files of somebody else, the images are not there or
+            others, or the manifest is read-only.
     """
     for folder in filter(None, (run, twin, *seeds)):
         if not (folder / 'model' / WEIGHTS).is_file() or not read_summary(folder):
@@ -110,6 +111,9 @@ def export(
     if not timm.models.is_model_in_modules(
             config['architecture'], ['convnn_converted', 'convnn_resnet', 'convnn_vgg']):
         raise WeightsError(f'{run} trained {config["architecture"]}, which is no model of this package')
+    for other in filter(None, (twin, *seeds)):
+        if read_config(other / 'model').get('label_names') != config.get('label_names'):
+            raise WeightsError(f'{other} tells other classes apart than {run}')
     check_seeds(run, seeds)
     name = f'{published_architecture(config)}.{tag}'
     folder = output / name
@@ -205,6 +209,8 @@ def check_seeds(run: Path, seeds: Sequence[Path]) -> None:
             raise WeightsError(f'{folder} is no repetition of {run}: they differ in {", ".join(different)}')
         if record.epochs != first.epochs:
             raise WeightsError(f'{folder} has {record.epochs} epochs, {run} {first.epochs}')
+        if record.images != first.images:
+            raise WeightsError(f'{folder} was evaluated on {record.images} images, {run} on {first.images}')
         if seed in used:
             raise WeightsError(f'{folder} and {used[seed]} have the same seed, {seed}')
         used[seed] = folder

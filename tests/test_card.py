@@ -69,8 +69,13 @@ def last_top1(folder: Path) -> float:
 
 
 def set_top1(folder: Path, top1: float) -> None:
+    set_last(folder, 'eval_top1', top1)
+
+
+def set_last(folder: Path, column: str, value: float) -> None:
+    """Change what a run recorded after its last epoch."""
     lines = [line.split(',') for line in (folder / 'summary.csv').read_text().splitlines()]
-    lines[-1][lines[0].index('eval_top1')] = str(top1)
+    lines[-1][lines[0].index(column)] = str(value)
     (folder / 'summary.csv').write_text('\n'.join(map(','.join, lines)) + '\n')
 
 
@@ -277,6 +282,13 @@ def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path)
     shorter = repeat(copy, 2)
     (shorter / 'summary.csv').write_text('\n'.join((copy / 'summary.csv').read_text().splitlines()[:2]) + '\n')
     assert f'{shorter} has 1 epochs, {run} 2' in refused(shorter)
+    fewer = repeat(copy, 3)
+    set_last(fewer, 'eval_images', 12)
+    assert f'{fewer} was evaluated on 12 images, {run} on 24' in refused(fewer)
+    rewrite(fewer / 'model' / 'config.json', label_names=['ant', 'cat', 'dog'])
+    assert f'{fewer} tells other classes apart than {run}' in refused(fewer)
+    with pytest.raises(hub.WeightsError, match='tells other classes apart'):
+        hub.export(run, 'cifar10', tmp_path / 'cards', twin=fewer)
     (shorter / 'summary.csv').unlink()
     assert f'{shorter} is no run folder of a finished training' in refused(shorter)
     assert not (tmp_path / 'cards').exists()
@@ -300,6 +312,7 @@ def test_metadata_is_what_the_hub_asks_for(published):
     assert data.library_name == 'timm' and data.pipeline_tag == 'image-classification' and data.license == 'mit'
     assert data.datasets == ['uoft-cs/cifar10'] and data.metrics == ['accuracy'] and data.model_name == NAME
     top1 = data.eval_results[0]
+    assert top1.dataset_split == 'test'  # as the Hub calls it, in the folder it is `validation`
     assert top1.dataset_type == 'uoft-cs/cifar10' and top1.task_type == 'image-classification'
     assert top1.metric_value == round(evaluation[evaluation['stored']]['top1'], 2)
 
@@ -361,6 +374,9 @@ def test_the_card_says_where_the_twin_differs(published, card):
     file.write_text(yaml.safe_dump({**args, 'lr': 0.3, 'device': 'mps'}))
     hub.write_card(card, NAME)
     assert f'with other arguments: `lr`: {args["lr"]} here, 0.3 there.' in (card / 'README.md').read_text()
+    set_last(file.parent, 'eval_images', 12)
+    hub.write_card(card, NAME)
+    assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
 
 
 def test_a_card_without_twin_recipe_classes_or_known_data(card):
@@ -373,6 +389,29 @@ def test_a_card_without_twin_recipe_classes_or_known_data(card):
     text = (card / 'README.md').read_text()
     assert 'twin' not in text and 'recipe' not in text and 'None' not in text and 'Trained on noise.' in text
     assert ModelCard.load(card / 'README.md').data.datasets is None
+
+
+def test_a_converted_network_is_published_with_its_own_licence_and_start(
+        published, manifest, capsys, tmp_path, monkeypatch):
+    """From the weights that the training starts from to logits that the command checks."""
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    start = tmp_path / 'start.safetensors'
+    save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), start)
+    train([
+        '--data-dir', f'{published}/images', '--model', 'test_resnet', '--initial-checkpoint', str(start), '--convert',
+        *'where=layer1.* sampling_type=random num_samples=8 K=3'.split(), '--img-size', '64', '-b', '8', '--opt', 'sgd',
+        '--lr', '0.01', *'--epochs 1 --warmup-epochs 0 --workers 0 --no-amp --device cpu'.split(),
+        '--output', str(tmp_path), '--experiment', 'run'])
+    assert cli.main(['export', f'{tmp_path}/run', '--tag', 'noise', '--output', f'{tmp_path}/cards']) == 0
+    folder = tmp_path / 'cards' / 'test_resnet_converted.noise'
+    assert f'{folder}, with a line in {manifest}: read README.md' in capsys.readouterr().out
+    card = ModelCard.load(folder / 'README.md')
+    assert card.data.license == 'apache-2.0' and card.data.datasets is None
+    assert card.data.eval_results[0].dataset_split == 'validation'
+    assert 'On noise, from the weights in `start.safetensors`. All arguments' in card.content
+    assert "timm.create_model('hf-hub:convnn-timm/test_resnet_converted.noise', pretrained=True)" in card.content
+    assert cli.main(['verify', str(folder)]) == 0
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).layer1[0].conv1.branch1.num_samples == 8
 
 
 # The tables of results
