@@ -173,10 +173,15 @@ run('push', {str(session.folder)!r})
 run('verify', {NAME!r}, '{PROJECT}@v1')
 run('pull', {NAME!r})
 import timm
+from huggingface_hub import HfApi
+info = HfApi().model_info('{PROJECT}', files_metadata=True)
+print(info.sha, *[f'{{file.rfilename}}:{{file.size}}' for file in info.siblings])
 print(timm.list_pretrained('resnet18_conv*'), timm.get_pretrained_cfg({NAME!r}).label_names)
 """)
     assert loaded.lines[:5] == [digest] * 5 and digest.endswith(' 32'), loaded.out
     assert 'hash, tensors and logits are right' in loaded.lines[5] and loaded.lines[7] == 'status 0', loaded.err
+    sha, *siblings = loaded.lines[-2].split()
+    assert sha == commit and {f'{name}:{len(content)}' for name, content in expected.items()} < set(siblings)
     assert loaded.lines[-1] == f"['{NAME}'] ('bee', 'cat', 'dog')"
 
     hub.log.clear()
@@ -299,6 +304,11 @@ def test_push_publishes_nothing_that_export_did_not_write(session, hub):
 
 @pytest.mark.parametrize('method, path, fault, times, message', [
     ('POST', '/api/repos/create', 403, 1, f'the Hub does not let you do that with {PROJECT} (403)'),
+    ('GET', '/api/whoami', 500, 1, 'is out of order: it answered 500'),
+    ('POST', '/preupload/', 500, 99, 'is out of order: it answered 500'),
+    ('POST', '/objects/batch', 500, 99, 'is out of order: it answered 500'),
+    ('POST', '/branch/', 500, 99, 'is out of order: it answered 500'),
+    ('POST', '/commit/', 401, 1, f'the Hub does not know your token, asked for {PROJECT}'),
     ('POST', '/commit/', 500, 1, 'is out of order: it answered 500'),
     ('POST', '/commit/', 'after', 1, 'is out of order: it answered 500'),
     ('POST', '/commit/', 'cut', 1, 'broke off'),
@@ -311,15 +321,17 @@ def test_push_publishes_nothing_that_export_did_not_write(session, hub):
 ])
 def test_push_continues_after_a_fault(session, hub, method, path, fault, times, message):
     before = session.manifest.read_text()
+    branch = ", '--revision', 'v1'" if path == '/branch/' else ''
     hub.fail(method, path, fault, times)
-    failed = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    failed = session(f"run('push', {str(session.folder)!r}{branch})", token='hf_write')
     assert failed.lines == ['status 1'] and message in failed.err and 'Traceback' not in failed.err, failed.err
     assert session.manifest.read_text() == before
     hub.faults.clear()
     sent = len(posted(hub, 'PUT'))
-    again = session(f"run('push', {str(session.folder)!r})", token='hf_write')
+    again = session(f"run('push', {str(session.folder)!r}{branch})", token='hf_write')
     assert again.lines[1:] == ['status 0'], again.err
-    assert {k: v for k, v in hub.files(PROJECT).items() if k != '.gitattributes'} == files_of(session.folder)
+    files = hub.files(PROJECT, 'v1' if branch else 'main')
+    assert {k: v for k, v in files.items() if k != '.gitattributes'} == files_of(session.folder)
     if path == '/commit/':  # what had arrived is not sent twice
         assert len(posted(hub, 'PUT')) == sent
 

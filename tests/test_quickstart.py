@@ -1,4 +1,6 @@
 """The quickstart: its photographs, its data, its folder, its pictures, and all of it in one go."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -97,6 +99,14 @@ def test_photographs_are_named_and_drawn(cat_detector, tmp_path, capsys):
     assert 'answers with one of these, whatever it sees: bird, cat, dog, frog.' in out and 'photographs.png' in out
     picture = Image.open(tmp_path / 'photographs.png')
     assert picture.size[0] > 1000 and picture.size[1] > 500
+
+
+def test_the_published_weights_see_the_cat(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('CONVNN_TIMM_ZOO', str(Path(__file__).parents[1] / 'model_cards'))
+    qs.show_photographs(tmp_path / 'photographs.png')
+    cat, *_ = capsys.readouterr().out.splitlines()
+    assert cat.split()[:3] == ['a', 'cat:', 'cat']
+    assert Image.open(tmp_path / 'photographs.png').size[0] > 1000
 
 
 def test_photographs_come_with_packages_that_are_required():
