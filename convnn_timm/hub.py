@@ -463,7 +463,10 @@ def pull(what: str) -> Path:
     expected = entry['sha256'] if by_name else None  # a repository is asked for as it is now
     local = local_file(what) if by_name else None
     if local is None:
-        return fetch_weights(what, repo, revision, expected)
+        file = fetch_weights(what, repo, revision, expected)
+        if not by_name and (file.parent / CONFIG).is_file():
+            read_config(file.parent)  # an hf-hub: name is loaded with it
+        return file
     try:
         check_file(local, expected)
         return local

@@ -590,6 +590,16 @@ def test_verify_of_a_repository_that_lacks_files(session, hub):
     assert done.lines == ['status 1'] * 2 and done.err.count('has no golden.safetensors') == 2
 
 
+def test_pull_and_verify_name_a_config_that_is_cut_short(session, hub):
+    files = files_of(session.folder)
+    hub.add_repository('someone/mine', {**files, 'config.json': files['config.json'][:100]})
+    done = session("run('pull', 'someone/mine'); run('verify', 'someone/mine')")
+    assert done.lines == ['status 1'] * 2 and 'Traceback' not in done.err
+    messages = [line for line in done.err.splitlines() if line.startswith('convnn-timm: error: ')]
+    assert len(messages) == 2 and all(
+        'models--someone--mine' in line and '/config.json is damaged: ' in line for line in messages)
+
+
 def test_storage_that_cannot_be_reached(session, hub, monkeypatch):
     """hf_xet then raises a plain RuntimeError: on the way here and there."""
     cas, token, expiry = 'http://127.0.0.1:1', 'token', int(time.time()) + 3600
