@@ -21,7 +21,7 @@ from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs
 from .models._weights import WeightsError, namespace
-from .train_folder import NOT_RECORDED, read_summary
+from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'build_model', 'count_parameters', 'machine_name', 'read_card', 'read_config',
@@ -47,15 +47,15 @@ KINDS = {
 DEPARTURES = {
     ('sampling_type', 'random'): 'neighbours are searched among {num_samples} random positions',
     ('sampling_type', 'spatial'): 'neighbours are searched among a grid of {num_samples} x {num_samples} positions',
-    ('neighbor_init', 'zero'): 'the weights of the neighbours start at zero, those of the positions themselves at random',
+    ('neighbor_init', 'zero'):
+        'the weights of the neighbours start at zero, those of the positions themselves at random',
     ('branch_norm', True): 'the outputs of both branches are normalised before they are mixed',
     ('pointwise_init', 'identity'): 'the 1x1 convolution that mixes the branches starts as the identity',
     ('pointwise_init', 'zero'): "the 1x1 convolution that mixes the branches starts without ConvNN's outputs",
 }
-# Arguments that change where a run reads, writes and computes, not what.
-PLACES = {
-    'cache', 'checkpoint_hist', 'data_dir', 'dataset_download', 'device', 'experiment', 'log_interval', 'output',
-    'workers', *NOT_RECORDED}
+# Arguments that change where a run reads, writes and computes, not what. (Without cache the crops are others, of the
+# same kind.)
+PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', 'warmup_epochs', 'smoothing',
     'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')

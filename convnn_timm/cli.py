@@ -133,7 +133,7 @@ def build_parser() -> Parser:
     sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
     sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
     sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
-    sub.add_argument('--force', action='store_true', help='replace a folder that is there, and its line in the manifest')
+    sub.add_argument('--force', action='store_true', help='replace a folder that is there and its line in the manifest')
 
     sub = add(
         'push', push, 'bring published weights to the Hugging Face Hub, and check what arrived',

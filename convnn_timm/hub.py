@@ -46,7 +46,7 @@ from .models._weights import (
     local_file, manifest_revision, namespace, read_manifest, sha256, split_revision)
 from .train import evaluate
 from .train_args import UsageError, parse_args
-from .train_data import create_batches, create_parts
+from .train_data import check_classes, create_batches, create_parts
 from .train_folder import environment, read_summary
 
 __all__ = ['WeightsError', 'check_folder', 'export', 'published_folders', 'pull', 'push', 'verify']
@@ -223,9 +223,7 @@ def open_evaluation(run: Path, data_dir: str, device: str) -> Tuple[Any, nn.Modu
         args = parse_args(['-c', str(run / 'args.yaml'), '--device', device, '--holdout', '0', *moved])
         train_part, part, names = create_parts(args)
         model = timm.create_model(f'local-dir:{run / "model"}', pretrained=True).to(device)
-        known = model.pretrained_cfg.get('label_names')
-        if known and names and list(known) != list(names):
-            raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
+        check_classes(model, names)
         loader = create_batches(part, args, resolve_data_config(vars(args), model=model), torch.device(device))
     except UsageError as error:
         raise WeightsError(f'{run} cannot be evaluated: {error}. --data-dir says where its images are now') from error

@@ -41,7 +41,7 @@ from .images import ImageError
 from .macs import count_macs
 from .models._common import unknown_model
 from .train_args import UsageError, build_parser, find_recipe, parse_args
-from .train_data import create_batches, create_parts, epoch_seed
+from .train_data import check_classes, create_batches, create_parts, epoch_seed
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
 
 __all__ = ['UsageError', 'build_parser', 'evaluate', 'main', 'parse_args', 'train']
@@ -469,9 +469,7 @@ def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         _, part, names = create_parts(args)
-        known = model.pretrained_cfg.get('label_names')
-        if known and names and list(known) != list(names):
-            raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
+        check_classes(model, names)
         loader = create_batches(part, args, create_data_config(args, model), device)
     metrics = evaluate(model, loader, create_autocast(args, device), args.channels_last)
     print_result({**metrics, 'epoch': int(rows[-1]['epoch'])})

@@ -6,6 +6,7 @@ import os
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
@@ -15,7 +16,8 @@ from torchvision import transforms
 from .images import image_mode, read_image
 from .train_args import UsageError
 
-__all__ = ['MemoryBatches', 'Part', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
+__all__ = [
+    'MemoryBatches', 'Part', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +86,13 @@ def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their numbers."""
     numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     return sorted(numbers, key=numbers.get) if numbers else None
+
+
+def check_classes(model: nn.Module, names: Optional[Sequence[str]]) -> None:
+    """Make sure that a trained model knows the classes of the data, in that order, as far as both have names."""
+    known = model.pretrained_cfg.get('label_names')
+    if known and names and list(known) != list(names):
+        raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
 
 
 def class_numbers(dataset: torch.utils.data.Dataset) -> List[int]:
