@@ -292,7 +292,8 @@ def export(args: argparse.Namespace) -> None:
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
         args.force, args.seeds)
-    print(f'{folder}, with a line in {_weights.MANIFEST}: read README.md, then publish it with: convnn-timm push {folder}')
+    print(f'{folder}, with a line in {_weights.MANIFEST}: read README.md, then publish it with: '
+          f'convnn-timm push {folder}')
 
 
 def push(args: argparse.Namespace) -> int:

@@ -241,6 +241,9 @@ def test_ops_have_rules_of_autocast_of_their_own():
         assert ops.neighbor_conv(x.double(), index, weight.double(), None, None, 1).dtype == torch.float64
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close((score, place), ops.knn(half.float(), x, None, None, 3), rtol=0, atol=0)
+    for key in 'AutocastCUDA', 'AutocastMPS', 'AutocastXPU':  # of machines that are not here
+        for op in 'knn', 'neighbor_conv':
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f'convnn_timm::{op}', key)
 
 
 def test_neighbor_conv_in_float16_holds_sums_whose_parts_it_could_not():

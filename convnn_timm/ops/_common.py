@@ -40,9 +40,9 @@ def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:
 
     Args:
         op: Its name.
-        dtype: The dtype on a device, 'cpu' or 'cuda'.
+        dtype: The dtype on a type of device, such as 'cuda'.
     """
-    for device, key in ('cpu', 'AutocastCPU'), ('cuda', 'AutocastCUDA'):
+    for device in 'cpu', 'cuda', 'mps', 'xpu':
 
         def rule(*args, device=device):
             wanted, narrow = dtype(device), (torch.float16, torch.bfloat16, torch.float32)
@@ -50,7 +50,7 @@ def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:
             with torch.autocast(device, enabled=False):
                 return getattr(torch.ops.convnn_timm, op)(*args)
 
-        _library.impl(op, rule, key)
+        _library.impl(op, rule, f'Autocast{device.upper()}')
 
 
 def once_differentiable(backward_op: torch.library.CustomOpDef) -> None:
