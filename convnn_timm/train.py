@@ -324,12 +324,12 @@ def create_setup(
     ), epochs
 
 
-def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
+def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'train')) -> Path:
     """Train a model.
 
     Args:
         args: From ``parse_args``.
-        argv: The command line, for the record.
+        command: The words of the command line, for the record.
 
     Returns:
         The run folder; train_scripts/README.md says what is in it.
@@ -417,7 +417,7 @@ def train(args: argparse.Namespace, argv: Sequence[str] = ()) -> Path:
                     (folder / 'recipe.yaml').write_text(find_recipe(args.config).read_text())
             if start < epochs:
                 record = folder / (f'environment-{start}.json' if start else 'environment.json')
-                record.write_text(json.dumps(environment(args, argv), indent=2) + '\n')
+                record.write_text(json.dumps(environment(args, command), indent=2) + '\n')
             _logger.info(f'{folder}: {description.splitlines()[0]}, {len(train_part):,} training images' + (
                 f', continues after epoch {start}' if start else ''))
 
@@ -476,8 +476,12 @@ def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
     return metrics
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
+def main(argv: Optional[Sequence[str]] = None, command: str = 'convnn-timm train') -> Optional[Path]:
     """Run the command line; returns the run folder if it trained one.
+
+    Args:
+        argv: The words after the command, those of this process by default.
+        command: What the run folder names as the program.
 
     Raises:
         SystemExit: With a message, for everything that the user can put right, and if interrupted.
@@ -496,7 +500,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[Path]:
             return None
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            return train(args, argv)
+            return train(args, [*command.split(), *argv])
         finally:
             signal.signal(signal.SIGTERM, before)  # the caller's again
     except (UsageError, ImageError) as error:  # an image may be read in the middle of an epoch

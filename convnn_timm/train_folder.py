@@ -87,11 +87,11 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     return str(checkpoint)
 
 
-def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]:
+def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, Any]:
     """What the run ran on; names neither the machine nor its users, nor folders besides the data's."""
-    def git(*command: str) -> Optional[str]:
+    def git(*words: str) -> Optional[str]:
         try:
-            done = subprocess.run(('git', *command), cwd=Path(__file__).parent, capture_output=True, text=True)
+            done = subprocess.run(('git', *words), cwd=Path(__file__).parent, capture_output=True, text=True)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -101,11 +101,11 @@ def environment(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]
     cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
     on_gpu = torch.device(args.device).type == 'cuda'
     words = []
-    for word in argv:
+    for word in command:
         flag, equals, value = word.rpartition('=') if word.startswith('--') else ('', '', word)
         words.append(word if value == args.data_dir or not os.path.isabs(value) else flag + equals + Path(value).name)
     return dict(
-        command=' '.join(['convnn-timm train', *words]),
+        command=' '.join(words),
         started=f'{datetime.now():%Y-%m-%d %H:%M}',
         commit=git('rev-parse', 'HEAD') if tracked else None,
         uncommitted_changes=bool(git('status', '--porcelain')) if tracked else None,
