@@ -79,8 +79,10 @@ class Graphs:
         return self.backend(graph, example_inputs)
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
-@pytest.mark.parametrize('layer', LAYERS)
+@pytest.mark.parametrize('layer, backend', [
+    ('convnn_branching', 'aot_eager'),
+    *(pytest.param(layer, 'aot_eager', marks=pytest.mark.slow) for layer in LAYERS if layer != 'convnn_branching'),
+    *(pytest.param(layer, 'inductor', marks=pytest.mark.slow) for layer in LAYERS)])
 def test_torch_compile_takes_any_batch_and_two_sizes_without_compiling_again(layer, backend):
     if backend == 'inductor' and not any(map(shutil.which, ('c++', 'g++', 'clang++', 'cl'))):
         pytest.skip('torch.compile needs a C++ compiler')
@@ -150,7 +152,8 @@ def agreement(model, path, size, dynamic):
     return compare_onnx(model, path, images), images
 
 
-@pytest.mark.parametrize('layer, dynamic', [('convnn', True), ('convnn_attn', False), ('convnn_branching', True)])
+@pytest.mark.parametrize('layer, dynamic', [
+    ('convnn_branching', True), ('convnn_attn', False), pytest.param('convnn', True, marks=pytest.mark.slow)])
 def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path):
     """To 1e-4: most, and all on which PyTorch agrees with itself after a change of a millionth."""
     model = two_blocks(layer)

@@ -93,9 +93,9 @@ def original_state_dict(model):
         random = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(value.shape), dtype=np.float32)
         random = torch.from_numpy(np.asarray(random))
         if parameter == 'num_batches_tracked':
-            state_dict[name] = value
+            state_dict[name] = torch.zeros((), dtype=value.dtype)
         elif parameter.startswith('running'):
-            state_dict[name] = torch.full_like(value, float(parameter == 'running_var'))
+            state_dict[name] = torch.full(value.shape, float(parameter == 'running_var'))
         elif value.ndim > 1:
             state_dict[name] = random * (2 / value[0].numel()) ** 0.5
         else:
@@ -107,7 +107,7 @@ def original_state_dict(model):
 def test_network(i):
     network = NETWORKS[i]
     name = f"{network['model']}_{MODEL_SUFFIX[network['layer']]}"
-    model = timm.create_model(name, **network['kwargs'])
+    model = timm.create_model(name, **network['kwargs'], device='meta')
     assert sum(p.numel() for p in model.parameters()) == network['params']
     state_dict = original_state_dict(model)
     assert len(state_dict) == network['keys'] and set(network['first_keys']) <= state_dict.keys()

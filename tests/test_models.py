@@ -50,7 +50,9 @@ def test_configuration_of_the_models_for_224_pixels():
         assert cfg.mean == IMAGENET_DEFAULT_MEAN and cfg.std == IMAGENET_DEFAULT_STD and cfg.crop_pct == 0.875
 
 
-@pytest.mark.parametrize('name', NAMES + NAMES_224)
+@pytest.mark.parametrize('name', [
+    name if name.startswith(('resnet18', 'vgg11')) else pytest.param(name, marks=pytest.mark.slow)
+    for name in NAMES + NAMES_224])
 def test_every_layer_argument_is_a_keyword_of_every_model(name):
     arguments = dict(
         K=4, kernel_size=5, padding=2, dilation=2, groups=1, sampling_type='random', num_samples=16, sample_padding=1,

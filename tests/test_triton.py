@@ -23,7 +23,7 @@ DEVICE = 'cpu' if INTERPRETED else 'cuda'
 @pytest.mark.skipif(RUN_HERE, reason='the kernels run in this process')
 def test_kernels_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'{__file__}::TestKernels'],
+        [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', f'{__file__}::TestKernels'],
         env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -382,8 +382,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     layers, models = measure_layers(args), measure_models(args)
     tables = {**layers, **models, **large, SHARES: layers[SHARES] + models[SHARES]}
     end = os.getloadavg()[0]
-    facts = environment(argparse.Namespace(device=args.device, data_dir=None), argv)
-    facts['command'] = facts['command'].replace('convnn-timm train', 'python train_scripts/benchmark.py')
+    facts = environment(
+        argparse.Namespace(device=args.device, data_dir=None), ['python', 'train_scripts/benchmark.py', *argv])
     facts['load'] = f'{start:.2f} before, {end:.2f} after'
     report = '\n'.join([
         '# Benchmark\n', *[f'- {name}: {value}' for name, value in facts.items()],
