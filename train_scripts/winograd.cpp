@@ -1,5 +1,5 @@
 // Winograd's transforms of 3x3 convolutions, F(4x4, 3x3) of Lavin and Gray (arXiv:1509.09308), for winograd.py.
-// A map is (B, H, W, C) float32; planes are (36, tiles, C), `stride` floats apart: a 6x6 of numbers for each 4x4 of the map.
+// A map is (B, H, W, C) float32. Planes are (36, tiles, C), `stride` floats apart: 6x6 numbers for each 4x4 of the map.
 #include <cstdint>
 
 typedef float Channels __attribute__((vector_size(32), aligned(4)));  // eight at a time
@@ -15,7 +15,8 @@ struct Output {  // 6x6 -> the tile's 4x4 pixels
 };
 struct Gradient {  // the tile's 4x4 pixels -> 6x6, the transpose of Output
   static constexpr int R = 6, S = 4, offset = 0;
-  static constexpr float P[6][4] = {{1, 0, 0, 0}, {1, 1, 1, 1}, {1, -1, 1, -1}, {1, 2, 4, 8}, {1, -2, 4, -8}, {0, 0, 0, 1}};
+  static constexpr float P[6][4] = {{1, 0, 0, 0}, {1, 1, 1, 1}, {1, -1, 1, -1},
+                                    {1, 2, 4, 8}, {1, -2, 4, -8}, {0, 0, 0, 1}};
 };
 
 // P @ tile @ P.T
@@ -41,7 +42,8 @@ template <class T> static inline void transform(const Channels (&in)[T::S][T::S]
     }
 }
 
-template <class T> static void gather(const float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
+template <class T>
+static void gather(const float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
   int64_t th = (H + 3) / 4, tw = (W + 3) / 4;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < B * th; row++) {
@@ -85,7 +87,8 @@ void output(float* map, const float* planes, int64_t B, int64_t H, int64_t W, in
           for (int j = 0; j < 6; j++) in[i][j] = *(const Channels*)(from + (i * 6 + j) * stride);
         transform<Output>(in, out);
         for (int i = 0; i < 4 && y0 + i < H; i++)
-          for (int j = 0; j < 4 && tx * 4 + j < W; j++) *(Channels*)(map + ((b * H + y0 + i) * W + tx * 4 + j) * C + c) = out[i][j];
+          for (int j = 0; j < 4 && tx * 4 + j < W; j++)
+            *(Channels*)(map + ((b * H + y0 + i) * W + tx * 4 + j) * C + c) = out[i][j];
       }
   }
 }

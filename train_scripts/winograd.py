@@ -2,8 +2,8 @@
 
     python train_scripts/winograd.py -c cifar10 --no-amp ...        # the arguments of `convnn-timm train`
 
-For float32 on CPUs without bfloat16, where nothing else is left to gain. Results differ from those of torch's convolutions
-by rounding (1e-5 of a map's largest value). Memory that is kept rather than returned to the system saves another tenth:
+For float32 on CPUs that have no bfloat16. Results differ from those of torch's convolutions by rounding, 1e-5 of a map's
+largest value. To keep freed memory rather than return it to the system saves another tenth of the time:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 OMP_WAIT_POLICY=active python train_scripts/winograd.py ...
 
@@ -34,20 +34,19 @@ def compile_transforms() -> ctypes.CDLL:
         sys.exit('error: winograd.py needs a C++ compiler; without one use convnn-timm train')
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / 'winograd.so'
-        subprocess.run([
-            compiler, '-O3', '-march=native', '-ffast-math', '-fopenmp', '-shared', '-fPIC',
-            str(Path(__file__).with_suffix('.cpp')), '-o', str(library)], check=True)
+        flags = '-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fopenmp -shared -fPIC'
+        subprocess.run(
+            [compiler, *flags.split(), str(Path(__file__).with_suffix('.cpp')), '-o', str(library)], check=True)
         return ctypes.CDLL(str(library))
 
 
 class Planes:
-    """The transformed form (36, tiles, C) of a few images of a map (B, C, H, W), channels-last, in a buffer used again."""
+    """The transformed form (36, tiles, C) of some images of a channels-last map (B, C, H, W), in a buffer used again."""
     library: Optional[ctypes.CDLL] = None
 
     def __init__(self, images: torch.Tensor, buffer: str):
         self.images = images
-        channels, height, width = images.shape[1:]
-        tiles = len(images) * count_tiles(images)
+        channels, tiles = images.shape[1], len(images) * count_tiles(images)
         stride = tiles * channels + 80  # no power of two, of which a cache would keep few
         if buffer not in buffers or buffers[buffer].numel() < 36 * stride:
             buffers[buffer] = torch.empty(36 * stride)
@@ -84,7 +83,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Convolution(torch.autograd.Function):
-    """3x3, stride 1, padding 1, without bias: x (B, C, H, W) and weight (O, C, 3, 3), float32 on the CPU, C and O multiples of 8."""
+    """Of x (B, C, H, W) with weight (O, C, 3, 3), stride 1, padding 1: float32 on the CPU, C and O multiples of 8."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
