@@ -75,6 +75,12 @@ def test_other_convolutions_are_left_to_torch(winograd, layer, batch):
         assert y.equal(torch.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, groups=layer.groups))
 
 
+def test_under_autocast_the_dtype_is_torchs(winograd):
+    layer, x = nn.Conv2d(8, 8, 3, padding=1, bias=False), torch.randn(16, 8, 6, 6)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
 def test_a_run_names_the_script_and_counts_what_a_convolution_costs(tmp_path):
     flags = (
         '--data-dir cifar --model resnet18_conv2d --num-classes 10 --batch-size 16 '

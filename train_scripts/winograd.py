@@ -107,7 +107,7 @@ class Convolution(torch.autograd.Function):
 
 def fits(layer: nn.Conv2d, x: torch.Tensor, bias: Optional[torch.Tensor]) -> bool:
     return (
-        x.device.type == 'cpu' and x.dtype == torch.float32 and bias is None
+        x.device.type == 'cpu' and x.dtype == torch.float32 and bias is None and not torch.is_autocast_enabled('cpu')
         and len(x) >= 16  # fewer do not repay the transform of the weights
         and layer.kernel_size == (3, 3) and layer.stride == layer.padding == layer.dilation == (1, 1)
         and layer.groups == 1 and layer.padding_mode == 'zeros'
