@@ -130,24 +130,22 @@ class _ConvNN(NeighborLayer):
         window = self._convolution_window()
         if window is not None:
             return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
-        padded = self.pad(x)
         if self.K == 1:
-            return self.leave_map(self._pointwise(x, padded, size, self.weight))
+            return self.leave_map(self._pointwise(self._to_aggregate(x), size, self.weight))
         if self.similarity_type != 'Loc':
-            positions, place = self._search(self.similarity_features(padded), size)
-            if 2 * len(positions) < padded.shape[2:].numel():
-                return self.leave_map(self._aggregate_few(x, padded, size, positions, place))
+            positions, place = self._search(self._to_compare(x), size)
+            if 2 * len(positions) < torch.Size([n + 2 * self.padding for n in size]).numel():
+                return self.leave_map(self._aggregate_few(self._to_aggregate(x), size, positions, place))
             index = with_own_first(self.queries(size, x.device), positions[place], x.shape[0])
         else:
-            index = self._select(padded, size)
-        tokens = map_to_tokens(self.aggregated(padded))
+            index = self._select(x, size)
+        tokens = map_to_tokens(self.aggregated(self.pad(x)))
         y = neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups)
         return self.leave_map(self.to_map(y, size))
 
     def _aggregate_few(
             self,
             x: torch.Tensor,
-            padded: torch.Tensor,
             size: Tuple[int, ...],
             positions: torch.Tensor,
             place: torch.Tensor,
@@ -157,31 +155,32 @@ class _ConvNN(NeighborLayer):
         All the map is needed for rank 0 alone, which is the position itself: a 1x1 convolution.
         """
         own, others = self.weight.split([1, self.K - 1], dim=2)
-        tokens = self._tokens_at(positions, x, padded, size)
-        y = neighbor_conv(tokens, place, others.flatten(2), groups=self.groups)
-        return self._pointwise(x, padded, size, own) + self.to_map(y, size)
+        y = neighbor_conv(self._tokens_at(positions, x, size), place, others.flatten(2), groups=self.groups)
+        return self._pointwise(x, size, own) + self.to_map(y, size)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
         x, size = self.enter(x)
-        return self._select(self.pad(x), size)
+        return self._select(x, size)
 
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Neighbours (B, Q, K) of the kept positions of the padded map x."""
+        """Neighbours (B, Q, K) of the kept positions of the map x."""
         if self.similarity_type == 'Loc':
             return self._select_by_location(size, x.device).expand(x.shape[0], -1, -1)
-        return self._own_and_search(self.similarity_features(x), size)
+        return self._own_and_search(self._to_compare(x), size)
 
-    def _pointwise(
-            self,
-            x: torch.Tensor,
-            padded: torch.Tensor,
-            size: Tuple[int, ...],
-            weight: torch.Tensor,
-    ) -> torch.Tensor:
+    # Of the map x, what is compared and what is aggregated. These are padded only where more than zeros is to be added:
+    # below, a map whose size is not `size` has its padding.
+
+    def _to_compare(self, x: torch.Tensor) -> torch.Tensor:
+        return self.similarity_features(self.pad(x)) if self.similarity_type == 'Loc_Col' else x
+
+    def _to_aggregate(self, x: torch.Tensor) -> torch.Tensor:
+        return self.aggregated(self.pad(x)) if self.aggregation_type == 'Loc_Col' else x
+
+    def _pointwise(self, x: torch.Tensor, size: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
         """The kept positions convolved with the weight of rank 0: a map."""
-        if self.aggregation_type == 'Loc_Col':
-            x = self.aggregated(padded)
+        if tuple(x.shape[2:]) != size:
             for axis, n in enumerate(size, start=2):
                 x = x.narrow(axis, self.padding, n)
         for axis in range(2, x.ndim):  # not the convolution's stride: with few channels_last channels it crashed torch
@@ -189,16 +188,10 @@ class _ConvNN(NeighborLayer):
         conv = F.conv2d if self.axes == 2 else F.conv1d
         return conv(x, weight, self.bias, groups=self.groups)
 
-    def _tokens_at(
-            self,
-            positions: torch.Tensor,
-            x: torch.Tensor,
-            padded: torch.Tensor,
-            size: Tuple[int, ...],
-    ) -> torch.Tensor:
-        """Tokens (B, M, C) at a few positions of the padded map, taken from x to spare the gradient the way around."""
-        if self.aggregation_type == 'Loc_Col':
-            return map_to_tokens(self.aggregated(padded)).index_select(1, positions)
+    def _tokens_at(self, positions: torch.Tensor, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Tokens (B, M, C) at positions of the padded map."""
+        if tuple(x.shape[2:]) != size:
+            return map_to_tokens(x).index_select(1, positions)
         place, inside = unpadded_positions(positions, size, self.padding)
         return map_to_tokens(x).index_select(1, place).masked_fill(~inside.unsqueeze(-1), 0)
 
@@ -237,7 +230,7 @@ class _ConvNN(NeighborLayer):
         return lattice.positions(grid_neighbors(lattice.size, self.K, starts, stride, stops, device))
 
     def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Raster indices (B, Q, K) by the features (B, C, *padded_size) that are compared, own position first."""
+        """Raster indices (B, Q, K) by the features that are compared, own position first."""
         queries = self.queries(size, features.device)
         if self.K == 1:
             return with_own_first(queries, None, features.shape[0])
@@ -247,8 +240,8 @@ class _ConvNN(NeighborLayer):
     @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """The candidates' raster indices (M,), and which of them are a position's other neighbours (B, Q, K - 1)."""
-        tokens, lattices = map_to_tokens(features), self.lattices(size)
-        found = [self._search_on(lattice, tokens) for lattice in lattices]
+        lattices = self.lattices(size)
+        found = [self._search_on(lattice, features, size) for lattice in lattices]
         if len(found) == 1:
             return found[0]
         places, known = [], 0
@@ -257,11 +250,18 @@ class _ConvNN(NeighborLayer):
             known += len(positions)
         return torch.cat([positions for positions, _ in found]), in_output_order(lattices, places)
 
-    def _search_on(self, lattice: Lattice, tokens: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same on one lattice, of the tokens (B, T, C) of the padded map that are compared."""
-        queries = lattice.query_positions(tokens.device)
+    def _search_on(
+            self,
+            lattice: Lattice,
+            features: torch.Tensor,
+            size: Tuple[int, ...],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same on one lattice."""
+        queries = lattice.query_positions(features.device)
         positions, own_place = self.candidates(lattice, queries, equal_padding=self.similarity_type == 'Col')
-        query, candidates = tokens.index_select(1, queries), tokens.index_select(1, positions)
+        candidates = self._tokens_at(positions, features, size)
+        all_ask = self.stride == self.dilation == 1 and tuple(features.shape[2:]) == size
+        query = map_to_tokens(features) if all_ask else self._tokens_at(queries, features, size)
         index, _ = knn(query, candidates, self.K - 1, self.magnitude_type, own_place)
         return positions, index
 

@@ -188,7 +188,7 @@ def _multiply_backward(grad, x, index, weight, score, groups):
     grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1]))
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     for b, tokens, place in _tokens_and_places(x, index, weight):
-        g = grad[b].reshape(-1, O)
+        g = grad[b].reshape(-1, O).contiguous()  # as a part of a wider gradient it took many times as long to add
         if score is not None:
             s = score[b].reshape(place.shape)
             products = _products(tokens, weight, groups)
