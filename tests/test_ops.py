@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
 from convnn_timm.ops import _common
-from convnn_timm.ops.topk import topk_of_columns, topk_of_rows
+from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
@@ -61,7 +61,11 @@ def test_topk_orders_equal_values_by_their_index(M, k):
         sign = torch.randn(50, min(number, M), generator=generator)
         score[row::4, torch.randperm(M, generator=generator)[:number]] = torch.tensor(torch.nan).copysign(sign)
     expected = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    for value, index in topk_of_rows(score, k), (t.T for t in topk_of_columns(score.T.contiguous(), k)):
+    columns = score.view(4, 50, M).mT.clone(memory_format=torch.contiguous_format)  # to be overwritten
+    scratch = torch.full((200 * column_scratch(M, k) + 1,), 7)  # a number more than it needs
+    by_column = [t.T for t in topk_of_columns(columns, k, scratch)]
+    assert scratch[-1] == 7
+    for value, index in topk_of_rows(score, k), by_column:
         assert torch.equal(index, expected)
         torch.testing.assert_close(value, score.gather(1, expected), rtol=0, atol=0, equal_nan=True)
 

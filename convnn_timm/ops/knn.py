@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._common import batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
 from .paths import choose
 from .reference import inverse_norm
-from .topk import can_sort_columns, topk_of_columns, topk_of_rows
+from .topk import can_sort_columns, column_scratch, topk_of_columns, topk_of_rows
 
 __all__ = ['knn', 'grid_neighbors']
 
@@ -104,12 +104,12 @@ def _knn(
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
     by_column = can_sort_columns(query.dtype, query.device, M, k)
-    # Of few candidates the scores of a chunk stay in a core's cache, with the keys that are sorted.
-    bytes_per_query = M * query.element_size() * (16 if by_column else 1)
+    keys = column_scratch(M, k) if by_column else 0  # for each query
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-    for b, q in batch_chunks(B, Q, bytes_per_query):
+    for b, q in batch_chunks(B, Q, M * query.element_size() + 8 * keys):
         n, rows = b.stop - b.start, q.stop - q.start
-        buffer = query.new_empty(n * rows * M) if buffer is None else buffer
+        if buffer is None:
+            buffer, scratch = query.new_empty(n * rows * M), index.new_empty(n * rows * keys)
         s = buffer[:n * rows * M].view(n, rows, M)
         if by_column:
             s = s.view(n, M, rows)
@@ -121,8 +121,7 @@ def _knn(
             s += offset[b].unsqueeze(1)
         own = None if exclude is None else _mask_excluded(s, exclude[q])
         if by_column:
-            value, place = topk_of_columns(s.permute(2, 0, 1).flatten(1), k)
-            value, place = value.T, place.T
+            value, place = (x.T for x in topk_of_columns(s.mT, k, scratch))
         else:
             value, place = topk_of_rows(s.flatten(0, 1), k)
         value, place = value.reshape(n, rows, k), place.reshape(n, rows, k)
