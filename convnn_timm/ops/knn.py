@@ -121,10 +121,9 @@ def _knn(
             s += offset[b].unsqueeze(1)
         own = None if exclude is None else _mask_excluded(s, exclude[q])
         if by_column:
-            value, place = (x.T for x in topk_of_columns(s.mT, k, scratch))
+            value, place = (x.view(k, n, rows).movedim(0, 2) for x in topk_of_columns(s.mT, k, scratch))
         else:
-            value, place = topk_of_rows(s.flatten(0, 1), k)
-        value, place = value.reshape(n, rows, k), place.reshape(n, rows, k)
+            value, place = (x.view(n, rows, k) for x in topk_of_rows(s.flatten(0, 1), k))
         if own is not None:  # where there were no others
             value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
         score[b, q], index[b, q] = value, place
