@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
 from convnn_timm.ops import _common
-from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows
+from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
@@ -51,21 +51,22 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, met
         assert (score[..., 1:] == score[..., :-1]).any()
 
 
-@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9)])
+@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9), (700, 16)])
 def test_topk_orders_equal_values_by_their_index(M, k):
-    """By either way, of values that are often equal, both zeros and infinities among them, and none to all NaN."""
+    """By each way, of values that are often equal, both zeros and infinities among them, none to all NaN; or never."""
     special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])
     generator = torch.Generator().manual_seed(M)
     score = special[torch.randint(len(special), (200, M), generator=generator)]
-    for row, number in enumerate((0, 1, k + 1, M)):
-        sign = torch.randn(50, min(number, M), generator=generator)
-        score[row::4, torch.randperm(M, generator=generator)[:number]] = torch.tensor(torch.nan).copysign(sign)
+    score[::5] = torch.randn(40, M, generator=generator)
+    for row, number in enumerate((0, 1, k + 1, M), start=1):
+        sign = torch.randn(40, min(number, M), generator=generator)
+        score[row::5, torch.randperm(M, generator=generator)[:number]] = torch.tensor(torch.nan).copysign(sign)
     expected = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
     columns = score.view(4, 50, M).mT.clone(memory_format=torch.contiguous_format)  # to be overwritten
     scratch = torch.full((200 * column_scratch(M, k) + 1,), 7)  # a number more than it needs
     by_column = [t.T for t in topk_of_columns(columns, k, scratch)]
     assert scratch[-1] == 7
-    for value, index in topk_of_rows(score, k), by_column:
+    for value, index in topk_of_rows(score, k), topk_of_tied_rows(score, k), by_column:
         assert torch.equal(index, expected)
         torch.testing.assert_close(value, score.gather(1, expected), rtol=0, atol=0, equal_nan=True)
 

@@ -3,41 +3,73 @@
 torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` takes some two thirds of its
 time on a CPU where there are few values to choose from. NaN counts as the largest, as in torch.topk.
 """
-from math import ceil
+from math import ceil, isqrt
 from typing import Iterator, List, Tuple
 
 import torch
 
-__all__ = ['can_sort_columns', 'column_scratch', 'topk_of_columns', 'topk_of_rows']
+__all__ = ['can_sort_columns', 'column_scratch', 'topk_of_columns', 'topk_of_rows', 'topk_of_tied_rows']
 
 
 def topk_of_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Values and indices (N, k) of the k largest of each row, (N, M).
 
-    Ties show as equal neighbours among the k + 1 largest values; only rows that have some are done again (on a GPU all
-    rows, for the question would wait for the device).
+    Ties show as equal neighbours among the k + 1 largest values; on a CPU only rows that have some are done again.
     """
     if score.device.type != 'cpu':
-        return _resolve_ties(score, score.topk(k).values, k)
-    value, index = score.topk(min(k + 1, score.shape[1]))
-    rows = _equal(value[:, 1:], value[:, :-1]).any(1).nonzero().squeeze(1)
+        return topk_of_tied_rows(score, k)
+    value, index = _topk(score, min(k + 1, score.shape[1]))
+    equal = _equal(value[:, 1:], value[:, :-1])
+    rows, contested = (x.any(1).nonzero().squeeze(1) for x in (equal, equal[:, k - 1:]))
     value, index = value[:, :k], index[:, :k]
-    if rows.numel() == 0:
-        return value, index
-    tied_value, tied_index = _resolve_ties(score[rows], value[rows], k)
-    return value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied_index)
+    if len(contested):  # for the last place
+        index = index.index_copy(0, contested, _first_of_equals(score[contested], value[contested], index[contested]))
+    if len(rows):
+        tied = index[rows]
+        tied_value, tied = _in_order(score[rows.unsqueeze(1), tied], tied)
+        value, index = value.index_copy(0, rows, tied_value), index.index_copy(0, rows, tied)
+    return value, index
 
 
-def _resolve_ties(score: torch.Tensor, value: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Exact top k of rows whose k largest values are known: all above the k-th value, then the first that equal it."""
-    M = score.shape[-1]
-    last = value[:, -1:]
+def topk_of_tied_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The same, whether there are ties or not: to ask would be to wait for a GPU."""
+    index = _first_of_equals(score, *score.topk(k))
+    return _in_order(score.gather(1, index), index)
+
+
+def _first_of_equals(score: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """torch.topk's indices (N, k) of rows (N, M), but of values that equal the last the first are taken."""
+    M, k, last = score.shape[1], value.shape[1], value[:, -1:]
     order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
-    above = (score > last) | score.isnan()
-    place = torch.where(_equal(score, last), order, torch.where(above, M + 1, 0))
-    index = place.topk(k).indices.sort(dim=-1).values
-    value, by_value = score.gather(-1, index).sort(dim=-1, descending=True, stable=True)
-    return value, index.gather(-1, by_value)
+    first = torch.where(_equal(score, last), order, 0).topk(k).indices
+    equal = _equal(value, last)
+    above = (~equal).sum(1, keepdim=True)
+    place = torch.arange(k, device=score.device) - above
+    return torch.where(equal, first.gather(1, place.clamp_min(0)), index)
+
+
+def _in_order(value: torch.Tensor, index: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Values with their indices, the largest first, and of equal values the first first."""
+    index, by_index = index.sort(dim=1)
+    value, by_value = value.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return value, index.gather(1, by_value)
+
+
+def _topk(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """torch.topk. A CPU does not let it search long rows: they are folded, and the k columns of the largest maxima
+    hold the k largest, but for what the fold leaves over.
+    """
+    M = score.shape[1]
+    height = isqrt(M // k)  # the time goes with M / height, the maxima, and with height * k
+    if score.device.type != 'cpu' or height < 4:
+        return score.topk(k)
+    width = M // height
+    folded = score[:, :height * width].unflatten(1, (height, width))
+    columns = folded.amax(1).topk(k, sorted=False).indices
+    few = folded.gather(2, columns.unsqueeze(1).expand(-1, height, -1)).flatten(1)
+    value, place = torch.cat([few, score[:, height * width:]], dim=1).topk(k)
+    index = place // k * width + columns.gather(1, place % k)
+    return value, torch.where(place < height * k, index, place + height * (width - k))
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
