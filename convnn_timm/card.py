@@ -19,13 +19,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
-from .macs import count_macs
+from .macs import count_macs, count_parameters
 from .models._weights import WeightsError, namespace
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
-    'PLACES', 'Card', 'Record', 'build_model', 'count_parameters', 'machine_name', 'read_card', 'read_config',
-    'write_card']
+    'PLACES', 'Card', 'Record', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
 
 # Data sets by the tag that names them: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
@@ -270,10 +269,6 @@ def form(card: Card) -> str:
         elif value != parameters[name].default and name != 'num_samples':
             changes.append(f'`{name}` is {value}, not {parameters[name].default}')
     return 'as in the paper, with its standard arguments' + (f', except that {"; ".join(changes)}' if changes else '')
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def usage(card: Card) -> str:

@@ -239,7 +239,7 @@ def quickstart(args: argparse.Namespace) -> None:
 def list_models(args: argparse.Namespace) -> None:
     import timm
     from convnn_timm import models
-    from convnn_timm.macs import count_macs
+    from convnn_timm.macs import count_macs, count_parameters
 
     names = timm.list_models(args.pattern)
     ours = [
@@ -250,10 +250,9 @@ def list_models(args: argparse.Namespace) -> None:
     print(f'{"model":<32} {"parameters":>12} {"MACs":>9}  weights')
     for name in ours:
         model = timm.create_model(name, device='meta')  # shapes without memory
-        parameters = sum(p.numel() for p in model.parameters())
         macs = count_macs(model, model.pretrained_cfg['input_size'])
-        weights = timm.list_pretrained(f'{name}.*')
-        print(f'{name:<32} {parameters:>12,} {macs / 1e9:>7.3f} G  {", ".join(weights) or "-"}', flush=True)
+        weights = ', '.join(timm.list_pretrained(f'{name}.*')) or '-'
+        print(f'{name:<32} {count_parameters(model):>12,} {macs / 1e9:>7.3f} G  {weights}', flush=True)
 
 
 def info(args: argparse.Namespace) -> None:

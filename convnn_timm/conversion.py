@@ -22,7 +22,7 @@ from timm.layers import Conv2dSame
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
 from .layers.script import record_call
-from .macs import count_macs
+from .macs import count_macs, count_parameters
 
 __all__ = ['ConversionReport', 'convert']
 
@@ -400,7 +400,7 @@ def _input_size(model: nn.Module) -> Optional[Tuple[int, int, int]]:
 
 def _cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Tuple[int, Optional[int]]:
     """Parameters, and multiply-accumulates if they can be counted, without memory for either."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     if input_size is None:
         return parameters, None
     empty = {id(p): nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()}

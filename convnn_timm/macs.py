@@ -1,4 +1,4 @@
-"""Cost of a model: multiply-accumulates, counted operator by operator."""
+"""Size and cost of a model: parameters, and multiply-accumulates counted operator by operator."""
 from contextlib import contextmanager
 from typing import Iterator, Tuple
 
@@ -6,7 +6,11 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs', 'evaluation_mode']
+__all__ = ['count_macs', 'count_parameters', 'evaluation_mode']
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32)) -> int:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm import utils
 from timm.models import safe_model_name
 
-from .macs import count_macs
+from .macs import count_macs, count_parameters
 from .train_args import UsageError
 
 __all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder']
@@ -124,9 +124,9 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
 
 def describe(model: nn.Module, input_size: Tuple[int, int, int]) -> str:
     """Size and cost of a model in the first line, then its layers."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     gmacs = count_macs(model, input_size) / 1e9
-    return f'{parameters:,} parameters, {gmacs:.4f} GMACs for a {"x".join(map(str, input_size))} image\n\n{model}\n'
+    image = f'{"x".join(map(str, input_size))} image'
+    return f'{count_parameters(model):,} parameters, {gmacs:.4f} GMACs for a {image}\n\n{model}\n'
 
 
 def draw_curve(rows: List[Dict[str, str]], file: Path) -> None:

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
-from convnn_timm.card import Card, Record, count_parameters, read_card
+from convnn_timm.card import Card, Record, read_card
 from convnn_timm.hub import published_folders
-from convnn_timm.macs import count_macs
+from convnn_timm.macs import count_macs, count_parameters
 
 ROOT = Path(__file__).parents[1]
 HEADER = """# Results

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 
 from convnn_timm.layers import Branching1d, ConvNN1d
+from convnn_timm.macs import count_parameters
 
 NOISE = 0.5  # standard deviation, in those of the signal
 TRAIN, TEST = slice(0, 7200), slice(7200, 11000)
@@ -96,8 +97,7 @@ def main(steps: int = 400, seeds: int = 3) -> List[str]:
         for length in 256, 950:
             gains = [gain(model, signal, length) for model in models]
             cells.append(f'{statistics.mean(gains):.2f} dB ({min(gains):.2f} to {max(gains):.2f})')
-        parameters = sum(p.numel() for p in models[0].parameters())
-        lines.append(f'| `{name}` | {parameters:,} | {cells[0]} | {cells[1]} | {seconds:.0f} |')
+        lines.append(f'| `{name}` | {count_parameters(models[0]):,} | {cells[0]} | {cells[1]} | {seconds:.0f} |')
     print('\n'.join(lines))
     return lines
 

@@ -41,7 +41,7 @@ def compile_transforms() -> ctypes.CDLL:
 
 
 class Planes:
-    """The transformed form (36, tiles, C) of some images of a channels-last map (B, C, H, W), in a buffer used again."""
+    """The transformed form (36, tiles, C) of images of a channels-last map (B, C, H, W), in a buffer used again."""
     library: Optional[ctypes.CDLL] = None
 
     def __init__(self, images: torch.Tensor, buffer: str):
