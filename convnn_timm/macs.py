@@ -10,6 +10,7 @@ __all__ = ['count_macs', 'count_parameters', 'evaluation_mode']
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Count the numbers in a model's parameters, trained or frozen; buffers are none."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
