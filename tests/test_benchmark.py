@@ -23,7 +23,6 @@ def benchmark():
 
 @pytest.mark.parametrize('padding', [0, 1])
 def test_the_original_computes_what_the_layer_computes(benchmark, padding):
-    torch.manual_seed(0)
     original = benchmark.OriginalConvNN2d(3, 5, K=4, padding=padding).double()
     layer = ConvNN2d(3, 5, K=4, padding=padding).double()
     layer.load_state_dict({'weight': original.conv.weight.unsqueeze(-1), 'bias': original.conv.bias})
@@ -39,7 +38,6 @@ def test_the_original_computes_what_the_layer_computes(benchmark, padding):
 
 
 def test_wrong_neighbours_stop_the_benchmark(benchmark):
-    torch.manual_seed(0)
     original, layer, x = benchmark.OriginalConvNN2d(8, 8), ConvNN2d(8, 8), torch.rand(2, 8, 6, 6)
     assert benchmark.compare_neighbors(original, layer, x)['equal positions'] == '100.000%'
     index = layer.neighbors(x)
@@ -50,7 +48,6 @@ def test_wrong_neighbours_stop_the_benchmark(benchmark):
 
 
 def test_neighbours_may_differ_by_rounding(benchmark):
-    torch.manual_seed(0)
     original, layer, x = benchmark.OriginalConvNN2d(8, 8), ConvNN2d(8, 8), torch.rand(1, 8, 6, 6)
     x[..., 0, 1] = x[..., 0, 0] * 1.5  # equally similar to every other token
     index = layer.neighbors(x)
@@ -119,7 +116,6 @@ def test_a_layer_on_a_large_map_stays_within_two_gigabytes(benchmark):
 
 
 def test_a_model_step_leaves_the_weights(benchmark):
-    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
     before = model[1].weight.clone()
     step = benchmark.model_step(

@@ -671,7 +671,7 @@ def test_exported_without_autocast_it_runs_with_it(layer_type):
         with torch.autocast('cpu', dtype=torch.bfloat16):
             y = exported(x)
         assert y.dtype == torch.bfloat16
-        assert (y.float() - net(x)).abs().median() < 0.02  # nearly all neighbours are the same
+        assert (y.float() - net(x)).abs().median() < 0.1 * net(x).std()  # most neighbours are the same
 
 
 @pytest.mark.parametrize('dynamo', [False, True])
@@ -709,7 +709,6 @@ def test_scripts(layer_type, args, tmp_path):
 
 
 def test_scripted_networks_run_in_threads():
-    torch.manual_seed(0)
     net = nn.Sequential(ConvNN2d(4, 4, K=3), nn.ReLU(), ConvNN2d(4, 4, K=3)).eval()
     scripted, x = torch.jit.script(net), image(2, 4, 6, 6, dtype=torch.float32)
     y = net(x)

@@ -42,7 +42,6 @@ def test_values_and_gradients_are_those_of_the_convolution(
         winograd, monkeypatch, batch, inputs, outputs, height, width, chunk):
     if chunk:
         monkeypatch.setattr(winograd, 'CHUNK', chunk)
-    torch.manual_seed(0)
     layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     x = torch.randn(batch, inputs, height, width, requires_grad=True)
     y = layer(x)
