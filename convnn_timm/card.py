@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -104,12 +104,12 @@ class Record:
 
     @property
     def speed(self) -> float:
-        """Images a second in training, mean over the epochs."""
-        return mean(float(row['train_images_per_s']) for row in self.summary)
+        """Images a second in training, in the median epoch: other programs may have slowed some."""
+        return median(float(row['train_images_per_s']) for row in self.summary)
 
     def epoch_seconds(self, images: int) -> float:
-        """Seconds that an epoch of so many images takes in training, mean over the epochs."""
-        return mean(images / float(row['train_images_per_s']) for row in self.summary)
+        """Seconds that an epoch of so many images takes in training, at that speed."""
+        return images / self.speed
 
     @property
     def machine(self) -> str:
@@ -369,7 +369,7 @@ def training(card: Card) -> str:
 |---|---|
 {rows}
 
-- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training
+- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training, in the median epoch
 - **Software:** {versions}{commit}
 - **Command:** `{environment["command"]}`"""
 
