@@ -22,8 +22,16 @@ def batch_chunks(B: int, Q: int, bytes_per_query: int) -> Iterator[Tuple[slice, 
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """float32 for narrower floating dtypes, so that norms neither overflow nor lose ranks."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """float32 for narrower floating dtypes, so that norms neither overflow nor lose ranks.
+
+    What is traced in float32 may be run under autocast, which then gives it less: an addition of its own dtype stays in
+    the graph and widens that too. (A cast would not: torch.export makes it an assertion.)
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return x + x.new_zeros(1, dtype=x.dtype)
+    return x
 
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
