@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
 from convnn_timm import cli, hub
-from convnn_timm.card import write_card
+from convnn_timm.card import Record, write_card
 from convnn_timm.models import _weights
 from convnn_timm.train import main as train
 
@@ -428,6 +428,16 @@ def results_table():
 def test_tables_in_the_repository_are_what_the_command_writes(results_table):
     for file, text in results_table.tables().items():
         assert file.read_text() == text, f'{file}: run python train_scripts/results_table.py'
+
+
+def test_a_slowed_epoch_does_not_count_as_the_speed(card, tmp_path):
+    training = shutil.copytree(card / 'training', tmp_path / 'training')
+    columns, *_ = (training / 'summary.csv').read_text().splitlines()
+    rows = [','.join(speed if name == 'train_images_per_s' else '0' for name in columns.split(','))
+            for speed in ('100.0', '2.0', '90.0')]
+    (training / 'summary.csv').write_text('\n'.join([columns, *rows]) + '\n')
+    run = Record(training)
+    assert run.speed == 90 and run.epoch_seconds(450) == 5
 
 
 def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
