@@ -37,15 +37,15 @@ ZOO_COLUMNS = (
     'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'machine')
 SEARCH_HEADER = """# A hybrid that trains well
 
-Short runs that choose the form of the branching layers for the published weights: 45,000 training images, judged on the 5,000
-held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64, otherwise
-as the recipe `cifar10` was. Compare runs of the same width, epochs, optimizer, batch, learning rate and precision. Written by
-`python train_scripts/results_table.py`.
+Short runs that choose the form of the branching layers and the recipe of the published weights: 45,000 training images, judged on the
+5,000 held-out ones (`--holdout 5000`); the test set is not read. ResNet-18 whose first stage has `width` channels instead of 64,
+otherwise as the recipe `cifar10` was. Compare runs that differ in one column. *Small images*: sides in the first epochs
+(`--train-sizes`). Written by `python train_scripts/results_table.py`.
 
 """
 SEARCH_COLUMNS = (
-    'run', 'model', 'width', 'epochs', 'optimizer', 'batch', 'learning rate', 'precision', 'seed', 'training loss',
-    'held-out loss', 'held-out top-1')
+    'run', 'model', 'width', 'epochs', 'small images', 'optimizer', 'batch', 'learning rate', 'weight decay', 'precision',
+    'seed', 'training loss', 'held-out loss', 'held-out top-1')
 ZOO = """```python
 import convnn_timm  # registers the models with timm
 import timm
@@ -78,11 +78,11 @@ def run_row(folder: Path) -> List[str]:
 
 
 def comparable(folder: Path) -> Tuple:
-    """Sorts runs that may be compared together: width, epochs, optimizer, batch, learning rate, precision, name."""
+    """Sorts runs that may be compared together: width, epochs, optimizer, batch, rate, decay, precision, name."""
     args = Record(folder).args
     return (
         args['model_kwargs']['channels'][0], args['epochs'], args['opt'], args['batch_size'], args['lr'],
-        precision(args), folder.name)
+        args['weight_decay'], precision(args), folder.name)
 
 
 def precision(args: Dict) -> str:
@@ -94,8 +94,9 @@ def search_row(folder: Path) -> List[str]:
     arguments = {name: value for name, value in run.args['model_kwargs'].items() if name != 'channels'}
     return [
         f'[{folder.name}]({folder.name})', ' '.join([run.args['model'], *(f'{k}={v}' for k, v in arguments.items())]),
-        run.args['model_kwargs']['channels'][0], run.epochs, run.args['opt'], run.args['batch_size'], run.args['lr'],
-        precision(run.args), run.args['seed'], f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}',
+        run.args['model_kwargs']['channels'][0], run.epochs, ' '.join(map(str, run.args.get('train_sizes') or ())),
+        run.args['opt'], run.args['batch_size'], run.args['lr'], run.args['weight_decay'], precision(run.args),
+        run.args['seed'], f'{run.last("train_loss"):.3f}', f'{run.last("eval_loss"):.3f}',
         f'{run.last("eval_top1"):.2f}']
 
 
