@@ -41,7 +41,7 @@ def publish(base: Path) -> Path:
                 pixels[..., channel] += 40
                 Image.fromarray(pixels).save(root / 'images' / split / name / f'{i}.png')
     flags = (
-        f'-c cifar10 --data-dir {root}/images --model-kwargs channels=8,8,16,16 sampling_type=random num_samples=32 '
+        f'-c cifar10 --data-dir {root}/images --model-kwargs channels=16,16,16,16 sampling_type=random num_samples=32 '
         f'--img-size 16 -b 8 --epochs 2 --warmup-epochs 0 --workers 0 --no-amp --device cpu --output {root}/output')
     for model in ('resnet18_convnn_branching', 'resnet18_conv2d'):
         train([*flags.split(), '--model', model, '--experiment', model])

@@ -121,7 +121,7 @@ def test_what_loc_keeps_from_other_calls_does_not_make_a_network_compile_again()
 
 @pytest.mark.parametrize('layer', [*LAYERS, 'conv2d_new', 'convnn_branching_attn'])
 def test_torch_fx_records_a_network_whose_layers_stay_modules(layer):
-    options = dict(channels=(8, 8, 16, 16), sampling_type='spatial', num_samples=4, magnitude_type='euclidean')
+    options = dict(channels=(16, 16, 16, 16), sampling_type='spatial', num_samples=4, magnitude_type='euclidean')
     model = timm.create_model(f'resnet18_{layer}', zero_init_last=False, **options).double().train()
     graph, x = torch.fx.symbolic_trace(model), photos(4).double()
     outputs, gradients = [], []

@@ -15,7 +15,7 @@ from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, layer_argumen
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
 NAMES_224 = [f'{depth}_convnn_branching_224' for depth in ('resnet18', 'resnet34', 'resnet50', 'vgg11')]
-NARROW = dict(channels=(8, 8, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
+NARROW = dict(channels=(16, 16, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
 
 
 def images(n=2, size=32, channels=3, dtype=torch.float32):
