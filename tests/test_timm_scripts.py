@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
@@ -85,3 +86,10 @@ def test_benchmark():
 def test_train_with_device_modules(images, tmp_path):
     folder = train(images, tmp_path, '--device-modules', 'convnn_timm', autoload=False)
     assert (folder / 'last.pth.tar').exists()
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_train_distils_a_published_twin(images, tmp_path, kind):
+    folder = train(
+        images, tmp_path, '--kd-model-name', 'resnet18_conv2d.cifar10', '--kd-distill-type', kind, '--model-ema')
+    assert 'state_dict_ema' in torch.load(folder / 'last.pth.tar', weights_only=False)
