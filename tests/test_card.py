@@ -462,7 +462,7 @@ def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
     seconds = 48 / median(speeds)
     row, = (line for line in zoo().splitlines() if line.startswith(f'| [`{NAME}`](model_cards/{NAME}) |'))
     cells = [cell.strip() for cell in row.split('|')[2:-1]]
-    assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.0 M', '0.003 G', '2']
+    assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.1 M', '0.007 G', '2']
     assert cells[6] == f'{seconds:.0f}' and 'thread' in cells[7]
     assert f'| [`{NAME}`]({NAME}) |' in zoo('model_cards/README.md') and 'CIFAR-10 (made of noise)' in zoo()
     assert f"model = timm.create_model('{NAME}', pretrained=True)" in zoo()

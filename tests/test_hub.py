@@ -390,14 +390,14 @@ def test_arguments_and_weights_of_the_caller_come_first(session, on_the_hub):
     done = session(f"""
 model = load({NAME!r}, num_samples=16)
 load({NAME!r}, num_classes=7, in_chans=1)
-load({NAME!r}, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), channels=(8, 8, 16, 16), num_classes=3)
+load({NAME!r}, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), channels=(16, 16, 16, 16), num_classes=3)
 load('resnet18_convnn')
 load({NAME!r}, K=5)
 import timm, torch
 features = timm.create_model({NAME!r}, pretrained=True, features_only=True)
 print([tuple(f.shape) for f in features(torch.zeros(1, 3, 16, 16))])
 print(timm.create_model({NAME.split('.')[0]!r}).num_features)
-print(timm.create_model({NAME!r}).num_features, timm.create_model({NAME!r}, channels=(8, 8, 16, 24)).num_features)
+print(timm.create_model({NAME!r}).num_features, timm.create_model({NAME!r}, channels=(16, 16, 16, 24)).num_features)
 """)
     samples = [line.rpartition(' ')[2] for line in done.lines]
     assert samples[:3] == ['16', '32', '32'] and all(line.startswith('loaded') for line in done.lines[:3])
@@ -658,7 +658,7 @@ def test_the_card_of_a_model_for_224_pixels_runs_as_printed(session):
     name = 'resnet18_convnn_branching_224.noise'
     folder = shutil.copytree(session.folder, session.cards / name)
     config = json.loads((folder / 'config.json').read_text())
-    config.update(architecture=name.split('.')[0], model_args=dict(num_classes=3, channels=(8, 8, 16, 16)))
+    config.update(architecture=name.split('.')[0], model_args=dict(num_classes=3, channels=(16, 16, 16, 16)))
     config['pretrained_cfg'].update(tag='noise', input_size=[3, 32, 32])
     (folder / 'config.json').write_text(json.dumps(config))
     save_file(build_model(config).state_dict(), folder / WEIGHTS, metadata={'format': 'pt'})
