@@ -54,19 +54,22 @@ def checkpoint(images, tmp_path_factory):
     return train(images, tmp_path_factory.mktemp('output')) / 'last.pth.tar'
 
 
-def test_train(checkpoint):
-    with open(checkpoint.with_name('summary.csv')) as file:
+def summary(folder):
+    with open(folder / 'summary.csv') as file:
         epoch, = csv.DictReader(file)
-    assert float(epoch['train_loss']) > 0 and 0 <= float(epoch['eval_top1']) <= 100
+    return {name: float(value) for name, value in epoch.items()}
+
+
+def test_train(checkpoint):
+    epoch = summary(checkpoint.parent)
+    assert epoch['train_loss'] > 0 and 0 <= epoch['eval_top1'] <= 100
 
 
 def test_validate_repeats_the_accuracy_of_train(images, checkpoint):
     printed = run('validate.py', images, '--num-classes', len(CLASSES), '--checkpoint', checkpoint, '--workers', 1)
-    with open(checkpoint.with_name('summary.csv')) as file:
-        epoch, = csv.DictReader(file)
     result = json.loads(printed.split('--result')[1])
     assert result['model'] == MODEL
-    assert result['top1'] == pytest.approx(float(epoch['eval_top1']), abs=0.01)
+    assert result['top1'] == pytest.approx(summary(checkpoint.parent)['eval_top1'], abs=0.01)
 
 
 def test_inference(images, checkpoint, tmp_path):
@@ -89,7 +92,9 @@ def test_train_with_device_modules(images, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['logit', 'feature'])
-def test_train_distils_a_published_twin(images, tmp_path, kind):
+def test_train_distils_a_published_twin(images, checkpoint, tmp_path, kind):
     folder = train(
-        images, tmp_path, '--kd-model-name', 'resnet18_conv2d.cifar10', '--kd-distill-type', kind, '--model-ema')
+        images, tmp_path, '--kd-model-name', 'resnet18_conv2d.cifar10', '--kd-distill-type', kind,
+        '--distill-loss-weight', 100, '--model-ema')
     assert 'state_dict_ema' in torch.load(folder / 'last.pth.tar', weights_only=False)
+    assert summary(folder)['train_loss'] > 2 * summary(checkpoint.parent)['train_loss']  # the teacher's part

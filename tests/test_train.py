@@ -658,8 +658,8 @@ def test_killed_and_resumed_is_bit_identical(flags, tmp_path, moment, call, epoc
 
 
 def test_a_tuple_among_the_arguments_does_not_keep_a_run_from_going_on(flags, tmp_path):
-    flags = [
-        *flags, '--model', 'resnet18_convnn', '--model-kwargs', 'channels=(16,16,16,16)', 'K=3', '--output', str(tmp_path)]
+    kwargs = ['channels=(16,16,16,16)', 'K=3']
+    flags = [*flags, '--model', 'resnet18_convnn', '--model-kwargs', *kwargs, '--output', str(tmp_path)]
     folder = main([*flags, '--epochs', '1', '--experiment', 'run'])
     main(['-c', str(folder / 'args.yaml'), '--resume', 'auto'])
     assert not (folder / 'environment-1.json').exists()  # nothing was trained
