@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
@@ -217,6 +218,46 @@ def test_neighbor_conv_gradcheck(order):
         assert torch.autograd.gradcheck(lambda *t: neighbor_conv(*t, groups), inputs)
 
 
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('learning', [('x',), ('weight',), ('bias',), ('score',), ('x', 'score'), ('weight', 'bias')])
+def test_neighbor_conv_gives_gradients_to_what_learns_only(order, learning, groups):
+    """Those of the definition; nothing else is computed."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.convnn_timm.neighbor_conv_backward.default:
+                asked.append(args[-2:])
+            return op(*args, **kwargs or {})
+
+    def run(fn):
+        inputs = dict(
+            x=tokens(2, 6, 4), weight=tokens(4, 4 // groups, 3, seed=1), bias=tokens(4, seed=2),
+            score=tokens(2, 5, 3, seed=3))
+        for name in learning:
+            inputs[name].requires_grad_()
+        index = torch.randint(6, (2, 5, 3), generator=torch.Generator().manual_seed(4))
+        y = fn(inputs['x'], index, inputs['weight'], inputs['bias'], inputs['score'], groups)
+        with Watch():
+            y.backward(tokens(*y.shape, seed=5))
+        return [inputs[name].grad for name in learning]
+
+    torch.testing.assert_close(run(neighbor_conv), run(reference.neighbor_conv), rtol=1e-11, atol=1e-11)
+    assert asked == ([('x' in learning, 'weight' in learning)] if learning != ('bias',) else [])
+
+
+@pytest.mark.parametrize('scored', [False, True])
+def test_neighbor_conv_backward_returns_what_is_asked_for(order, scored):
+    x, weight, grad = tokens(2, 6, 4), tokens(5, 4, 3), tokens(2, 5, 5, seed=1)
+    index, score = torch.randint(6, (2, 5, 3)), tokens(2, 5, 3) if scored else None
+    all_of_them = torch.ops.convnn_timm.neighbor_conv_backward(grad, x, index, weight, score, 1, True, True)
+    assert [t.numel() for t in all_of_them] == [x.numel(), weight.numel(), index.numel() * scored]
+    for asked in (False, True), (True, False), (False, False):
+        some = torch.ops.convnn_timm.neighbor_conv_backward(grad, x, index, weight, score, 1, *asked)
+        for found, expected, wanted in zip(some, all_of_them, (*asked, True)):
+            assert torch.equal(found, expected) if wanted else found.numel() == 0
+
+
 def test_neighbor_conv_takes_any_memory_layout(order):
     x, index = tokens(2, 4, 10).mT, torch.randint(10, (1, 10, 3)).expand(2, -1, -1)
     weight = tokens(3, 5, 4).permute(2, 0, 1)[:, :, :3].mT.mT.reshape(4, 3, 3)[:, :1].expand(4, 4, 3)
@@ -405,3 +446,6 @@ def test_ops_pass_pytorchs_own_checks():
     torch.library.opcheck(
         torch.ops.convnn_timm.neighbor_conv,
         (x, index, tokens(6, 2, 3).requires_grad_(), tokens(6).requires_grad_(), tokens(2, 5, 3).requires_grad_(), 2))
+    torch.library.opcheck(  # of frozen inputs
+        torch.ops.convnn_timm.neighbor_conv, (x.detach(), index, tokens(6, 4, 3).requires_grad_(), None, None, 1))
+    torch.library.opcheck(torch.ops.convnn_timm.neighbor_conv, (x, index, tokens(6, 4, 3), None, None, 1))

@@ -148,8 +148,8 @@ class TestKernels:
         grad = tokens(B, Q, O, seed=4).to(dtype)
         index = torch.randint(T, (B, Q, K), generator=torch.Generator().manual_seed(5)).to(DEVICE)
         found = [neighbor_conv(x, index, weight, bias, score, groups)]
-        grad_x, grad_weight, grad_score = neighbor_conv_backward(grad, x, index, weight, score, groups)
-        found += [grad_x, grad_weight.mT, grad_score]
+        grad_x, grad_weight, grad_score = neighbor_conv_backward(grad, x, index, weight, score, groups, True, True)
+        found += [grad_x, grad_weight.mT] + [grad_score] * scored
 
         x, weight, score, bias = (
             None if t is None else t.double().requires_grad_() for t in (x, weight, score, bias))
@@ -174,7 +174,19 @@ class TestKernels:
         assert all(f.dtype == dtype for f in found)
         for f, e in zip(found, expected):
             torch.testing.assert_close(f.double(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
-        assert scored or found[3].numel() == 0
+
+    @pytest.mark.parametrize('scored', [False, True], ids=['plain', 'scored'])
+    def test_neighbor_conv_backward_returns_what_is_asked_for(self, deterministic, scored):
+        from convnn_timm.ops.triton.neighbor_conv import neighbor_conv_backward
+
+        x, weight, grad = tokens(2, 6, 4), tokens(5, 4, 3), tokens(2, 7, 5, seed=1)
+        index, score = torch.randint(6, (2, 7, 3)).to(DEVICE), tokens(2, 7, 3) if scored else None
+        all_of_them = neighbor_conv_backward(grad, x, index, weight, score, 1, True, True)
+        assert (all_of_them[2] is not None) == scored
+        for asked in (False, True), (True, False), (False, False):
+            some = neighbor_conv_backward(grad, x, index, weight, score, 1, *asked)
+            for found, expected, wanted in zip(some, all_of_them, (*asked, scored)):
+                assert torch.equal(found, expected) if wanted else found is None
 
     @pytest.mark.parametrize('groups', [1, 18])
     def test_neighbor_conv_backward_can_be_deterministic(self, monkeypatch, deterministic, groups):

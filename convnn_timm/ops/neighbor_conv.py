@@ -110,33 +110,26 @@ def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
         y[b, q] = _grouped_product(rows, matrix).view(b.stop - b.start, -1, y.shape[2])
 
 
-def _gather_backward(grad, x, index, weight, score, groups):
+def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
     matrix = _rank_major(weight, groups)
-    grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format)
-    grad_matrix = widen(matrix.new_zeros(groups, O // groups, K * C // groups))
+    grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if of_x else None
+    grad_matrix = widen(matrix.new_zeros(groups, O // groups, K * C // groups)) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
-    depthwise = groups == C == O
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
         s = None if score is None else score[b, q].reshape(-1, K, 1)
-        scaled = rows if s is None else rows * s
-        if groups == 1:
-            grad_rows = (g @ matrix[0].T).view_as(rows)
-            grad_matrix += g.T @ scaled.flatten(1)
-        elif depthwise:
-            grad_rows = g.unsqueeze(1) * matrix[..., 0].T
-            grad_matrix += (scaled * g.unsqueeze(1)).sum(0).T.unsqueeze(1)
-        else:
-            g = g.unflatten(1, (groups, -1)).transpose(0, 1)
-            grad_rows = torch.bmm(g, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
-            grad_matrix += torch.bmm(g.mT, _split_groups(scaled, groups))
+        if of_weight:
+            grad_matrix += _matrix_gradient(g, rows if s is None else rows * s, groups)
+        if of_x or s is not None:
+            grad_rows = _rows_gradient(g, matrix, K)
         if s is not None:
             grad_score[b, q] = (grad_rows * rows).sum(-1).view(index[b, q].shape)
             grad_rows = grad_rows * s
-        grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
-    grad_weight = grad_matrix.to(weight.dtype).unflatten(2, (K, -1))
-    return grad_x, grad_weight.flatten(0, 1), grad_score
+        if of_x:
+            grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
+    grad_weight = grad_matrix.to(weight.dtype).unflatten(2, (K, -1)).flatten(0, 1) if of_weight else None
+    return grad_x, grad_weight, grad_score
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice, torch.Tensor]]:
@@ -171,6 +164,26 @@ def _grouped_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.bmm(_split_groups(rows, matrix.shape[0]), matrix).transpose(0, 1).flatten(1)
 
 
+def _rows_gradient(grad: torch.Tensor, matrix: torch.Tensor, K: int) -> torch.Tensor:
+    """Gradient (N, K, C) of `_grouped_product`, grad (N, O), to its rows."""
+    groups, inputs, outputs = matrix.shape
+    if groups == 1:
+        return (grad @ matrix[0].T).unflatten(1, (K, -1))
+    if inputs == K and outputs == 1:  # depthwise
+        return grad.unsqueeze(1) * matrix[..., 0].T
+    grad = grad.unflatten(1, (groups, -1)).transpose(0, 1)
+    return torch.bmm(grad, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+def _matrix_gradient(grad: torch.Tensor, rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gradient of `_grouped_product`, grad (N, O), to its matrix: (groups, O / groups, K * C / groups)."""
+    if groups == 1:
+        return grad.T @ rows.flatten(1)
+    if groups == rows.shape[2] == grad.shape[1]:  # depthwise
+        return (rows * grad.unsqueeze(1)).sum(0).T.unsqueeze(1)
+    return torch.bmm(grad.unflatten(1, (groups, -1)).permute(1, 2, 0), _split_groups(rows, groups))
+
+
 # Multiply first
 
 def _multiply_and_sum(y, x, index, weight, score, groups) -> None:
@@ -182,27 +195,30 @@ def _multiply_and_sum(y, x, index, weight, score, groups) -> None:
         y[b] = F.embedding_bag(place, products, mode='sum', per_sample_weights=weights).view_as(y[b])
 
 
-def _multiply_backward(grad, x, index, weight, score, groups):
+def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     K, O = index.shape[2], weight.shape[0]
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1]))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
+    grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1])) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     for b, tokens, place in _tokens_and_places(x, index, weight):
         g = grad[b].reshape(-1, O).contiguous()  # as a part of a wider gradient it took many times as long to add
         if score is not None:
             s = score[b].reshape(place.shape)
             products = _products(tokens, weight, groups)
+            for rank in range(K):
+                grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
+        if not (of_x or of_weight):
+            continue
         grad_products, wide = widen(x.new_zeros(K, len(tokens), O)), widen(g)
         for rank in range(K):
             spread = wide if score is None else wide * s[:, rank:rank + 1]
             grad_products[rank].index_add_(0, place[:, rank], spread)
-            if score is not None:
-                grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
         grad_products = grad_products.transpose(0, 1).to(x.dtype).contiguous()
-        grad_tokens, part = _products_backward(grad_products, tokens, weight, groups)
-        grad_x[b] = grad_tokens.view_as(x[b])
-        grad_weight += part
-    return grad_x, grad_weight.to(weight.dtype).transpose(1, 2).flatten(0, 1), grad_score
+        if of_x:
+            grad_x[b] = _tokens_gradient(grad_products, weight, groups).view_as(x[b])
+        if of_weight:
+            grad_weight += _ranks_gradient(grad_products, tokens, groups)
+    return grad_x, grad_weight.to(weight.dtype).transpose(1, 2).flatten(0, 1) if of_weight else None, grad_score
 
 
 def _tokens_and_places(
@@ -228,19 +244,27 @@ def _products(tokens: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.
     return torch.bmm(tokens, matrix).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def _products_backward(grad, tokens, weight, groups) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `_products` to tokens, and to weight as (groups, K, O / groups, C / groups)."""
-    O, C, K = weight.shape
+def _tokens_gradient(grad: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gradient (N, C) of `_products`, grad (N, K, O), to its tokens."""
     if groups == 1:
-        grad = grad.flatten(1)
-        return grad @ weight.permute(2, 0, 1).reshape(-1, C), (grad.T @ tokens).view(1, K, O, C)
-    if C == 1 and groups == O:
-        return (grad * weight[:, 0].T).sum(1), (grad * tokens.unsqueeze(1)).sum(0).T.reshape(groups, K, 1, 1)
+        return grad.flatten(1) @ weight.permute(2, 0, 1).flatten(0, 1)
+    if groups == len(weight) and weight.shape[1] == 1:  # depthwise
+        return (grad * weight[:, 0].T).sum(1)
     grad = grad.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
-    tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
     matrix = weight.unflatten(0, (groups, -1)).permute(0, 3, 1, 2).flatten(1, 2)
-    grad_tokens = torch.bmm(grad, matrix).transpose(0, 1).flatten(1)
-    return grad_tokens, torch.bmm(grad.mT, tokens).unflatten(1, (K, -1))
+    return torch.bmm(grad, matrix).transpose(0, 1).flatten(1)
+
+
+def _ranks_gradient(grad: torch.Tensor, tokens: torch.Tensor, groups: int) -> torch.Tensor:
+    """Gradient of `_products`, grad (N, K, O), to its weight: (groups, K, O / groups, C / groups)."""
+    (_, K, O), C = grad.shape, tokens.shape[1]
+    if groups == 1:
+        return (grad.flatten(1).T @ tokens).view(1, K, O, C)
+    if groups == C == O:  # depthwise
+        return (grad * tokens.unsqueeze(1)).sum(0).T.reshape(groups, K, 1, 1)
+    grad = grad.unflatten(2, (groups, -1)).permute(2, 1, 3, 0).flatten(1, 2)
+    tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+    return torch.bmm(grad, tokens).unflatten(1, (K, -1))
 
 
 # Both
@@ -259,9 +283,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     x, index, weight, score = ctx.saved_tensors
-    grad_x, grad_weight, grad_score = _neighbor_conv_backward(grad, x, index, weight, score, ctx.groups)
-    grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 1)).to(ctx.bias_dtype)
-    return grad_x, None, grad_weight, grad_bias, None if score is None else grad_score, None
+    of_x, _, of_weight, of_bias, of_score, _ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_score = None
+    if of_x or of_weight or of_score:
+        grad_x, grad_weight, grad_score = _neighbor_conv_backward(
+            grad, x, index, weight, score, ctx.groups, of_x, of_weight)
+    grad_bias = grad.sum((0, 1)).to(ctx.bias_dtype) if of_bias else None
+    return (
+        grad_x if of_x else None, None, grad_weight if of_weight else None, grad_bias,
+        grad_score if of_score else None, None)
 
 
 _neighbor_conv.register_autograd(_backward, setup_context=_setup_context)
@@ -275,23 +305,34 @@ def _neighbor_conv_backward(
         weight: torch.Tensor,
         score: Optional[torch.Tensor],
         groups: int,
+        of_x: bool,
+        of_weight: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to x, weight and score (empty without a score); sums over neighbours and tokens are in float32."""
+    """Gradients to x and weight, if asked for, and to score, if there is one; else empty.
+
+    Sums over neighbours and tokens are in float32.
+    """
     if choose('neighbor_conv', x, weight, groups) == 'triton':
         from .triton.neighbor_conv import neighbor_conv_backward as backward
     else:
         backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
     with no_autocast(x):
-        grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups)
-    # Rank by rank in memory, like a channels_last weight.
-    grad_weight = grad_weight.contiguous().transpose(1, 2)
-    return grad_x.to(x.dtype), grad_weight, x.new_empty(0) if grad_score is None else grad_score
+        grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups, of_x, of_weight)
+    none = (x.new_empty(0) for _ in range(3))
+    return (
+        next(none) if grad_x is None else grad_x.to(x.dtype),
+        # Rank by rank in memory, like a channels_last weight.
+        next(none) if grad_weight is None else grad_weight.contiguous().transpose(1, 2),
+        next(none) if grad_score is None else grad_score)
 
 
 @_neighbor_conv_backward.register_fake
-def _(grad, x, index, weight, score, groups):
-    (O, C, K), shape = weight.shape, index.shape if score is not None else (0,)
-    return x.new_empty(x.shape), weight.new_empty(O, K, C).transpose(1, 2), x.new_empty(shape)
+def _(grad, x, index, weight, score, groups, of_x, of_weight):
+    O, C, K = weight.shape
+    return (
+        x.new_empty(x.shape if of_x else 0),
+        weight.new_empty(O, K, C).transpose(1, 2) if of_weight else x.new_empty(0),
+        x.new_empty(0 if score is None else index.shape))
 
 
 once_differentiable(_neighbor_conv_backward)

@@ -65,30 +65,38 @@ def neighbor_conv_backward(
         weight: torch.Tensor,
         score: Optional[torch.Tensor],
         groups: int,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to x, weight and score (empty without a score).
+        of_x: bool,
+        of_weight: bool,
+) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Gradients to x and weight, if asked for, and to score, if there is one.
 
     Rows of x that are neighbours of many collect their gradient by atomic addition, in an order that differs from run
     to run; with `torch.use_deterministic_algorithms(True)` by `index_add_`, which then is deterministic and slower.
     """
-    grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    grad_score = x.new_zeros(index.shape if score is not None else (0,))
+    grad_score = None if score is None else x.new_zeros(index.shape)
     if grad.numel() == 0:
-        return grad_x.to(x.dtype), torch.zeros_like(weight.transpose(1, 2)), grad_score
+        return (
+            torch.zeros_like(x) if of_x else None, torch.zeros_like(weight.transpose(1, 2)) if of_weight else None,
+            grad_score)
     matrix = weight.permute(2, 1, 0)
     grad, x, index, matrix, score = _contiguous(grad, x, index, matrix, score)
+    of_rows = of_x or score is not None
+    grad_x = torch.zeros_like(x, dtype=torch.float32) if of_rows else None
     with on_device(x):
-        if torch.are_deterministic_algorithms_enabled():
+        if of_rows and torch.are_deterministic_algorithms_enabled():
             images = max(1, ROW_GRADIENT_BYTES // (4 * index[0].numel() * x.shape[2]))
             for b in (slice(i, i + images) for i in range(0, x.shape[0], images)):
                 rows = grad_x.new_empty((index[b].numel(), x.shape[2]))
                 some = (None, None) if score is None else (score[b], grad_score[b])
                 _input_gradient(grad[b], x[b], index[b], matrix, *some, rows, groups, atomic=False)
                 grad_x[b].view(-1, x.shape[2]).index_add_(0, _flat(index[b], x.shape[1]), rows)
-        else:
+        elif of_rows:
             _input_gradient(grad, x, index, matrix, score, grad_score, grad_x, groups, atomic=True)
-        grad_weight = _weight_gradient(grad, x, index, score, groups)
-    return grad_x.to(x.dtype), grad_weight.permute(2, 0, 1).to(weight.dtype), grad_score
+        grad_weight = _weight_gradient(grad, x, index, score, groups) if of_weight else None
+    return (
+        grad_x.to(x.dtype) if of_x else None,
+        grad_weight.permute(2, 0, 1).to(weight.dtype) if of_weight else None,
+        grad_score)
 
 
 def _input_gradient(grad, x, index, matrix, score, grad_score, out, groups, atomic) -> None:
