@@ -57,7 +57,7 @@ DEPARTURES = {
 PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', 'warmup_epochs', 'smoothing',
-    'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
+    'train_sizes', 'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
 CITATION = r"""@article{kang2025attention,
   title   = {Attention Via Convolutional Nearest Neighbors},
   author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},
@@ -355,7 +355,8 @@ def training(card: Card) -> str:
     elif args.get('pretrained'):
         on += f', from the pretrained weights of `{args["model"]}`'
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
-    rows = '\n'.join(f'| {key} | {args[key]} |' for key in SHOWN if args.get(key) not in unused)
+    shown = {key: ' '.join(map(str, value)) if isinstance(value := args.get(key), list) else value for key in SHOWN}
+    rows = '\n'.join(f'| {key} | {value} |' for key, value in shown.items() if value not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
     commits = dict.fromkeys(
         e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')

@@ -380,6 +380,14 @@ def test_the_card_says_where_the_twin_differs(published, card):
     assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
 
 
+def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
+    file = card / 'training' / 'args.yaml'
+    assert 'train_sizes' not in (card / 'README.md').read_text()
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), 'train_sizes': [8, 12]}))
+    hub.write_card(card, NAME)
+    assert '\n| train_sizes | 8 12 |\n' in (card / 'README.md').read_text()
+
+
 def test_a_card_without_twin_recipe_classes_or_known_data(card):
     shutil.rmtree(card / 'training' / 'twin')
     shutil.rmtree(card / 'training' / 'seeds')
