@@ -318,7 +318,7 @@ def _neighbor_conv_backward(
         backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
     with no_autocast(x):
         grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups, of_x, of_weight)
-    none = (x.new_empty(0) for _ in range(3))
+    none = (x.new_empty(0) for _ in range(3))  # each its own: an operator's results may not share memory
     return (
         next(none) if grad_x is None else grad_x.to(x.dtype),
         # Rank by rank in memory, like a channels_last weight.
