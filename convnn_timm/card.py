@@ -55,8 +55,9 @@ DEPARTURES = {
 # Arguments that change where a run reads, writes and computes, not what. (Without cache the crops are others, of the
 # same kind.)
 PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
+CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
 SHOWN = (
-    'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', 'warmup_epochs', 'smoothing',
+    'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
     'train_sizes', 'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
 CITATION = r"""@article{kang2025attention,
   title   = {Attention Via Convolutional Nearest Neighbors},
@@ -355,7 +356,8 @@ def training(card: Card) -> str:
     elif args.get('pretrained'):
         on += f', from the pretrained weights of `{args["model"]}`'
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
-    shown = {key: ' '.join(map(str, value)) if isinstance(value := args.get(key), list) else value for key in SHOWN}
+    keys = [key for key in SHOWN if key not in CYCLES or args['lr_cycle_limit'] > 1]
+    shown = {key: ' '.join(map(str, value)) if isinstance(value := args.get(key), list) else value for key in keys}
     rows = '\n'.join(f'| {key} | {value} |' for key, value in shown.items() if value not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
     commits = dict.fromkeys(

@@ -392,6 +392,9 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             start = resume_checkpoint(model, checkpoint, setup.optimizer, setup.scaler, log_info=False)
             if setup.ema is not None:
                 load_checkpoint(setup.ema.module, checkpoint, use_ema=True)
+            if setup.scheduler is not None:  # the checkpoint's may be the end of a shorter schedule
+                setup.scheduler.step(start)
+                setup.scheduler.step_update(start * math.ceil(len(train_loader) / args.grad_accum_steps))
         result = setup.ema.module if setup.ema is not None else model
         if args.torchcompile:
             setup.forward = torch.compile(model, backend=args.torchcompile)
@@ -404,9 +407,10 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             folder.mkdir(parents=True, exist_ok=True)
             source = Path(checkpoint).parent if checkpoint else folder
             if checkpoint and not source.samefile(folder):  # so that the new run, too, can go on from the first moment
-                shutil.copy(checkpoint, folder / 'last.pth.tar')
-                if (source / 'summary.csv').is_file():
-                    shutil.copy(source / 'summary.csv', folder)
+                torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
+                os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
+                for file in *source.glob('summary.csv'), *source.glob('environment*.json'):
+                    shutil.copy(file, folder)
             utils.trim_summary(folder / 'summary.csv', start)
             if checkpoint and source.samefile(folder):
                 saver.load_state_dict_from_checkpoint(checkpoint)

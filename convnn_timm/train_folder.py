@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from timm import utils
 from timm.models import safe_model_name
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .macs import count_macs, count_parameters
 from .train_args import UsageError
@@ -24,6 +25,10 @@ __all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_s
 FREE_ON_RESUME = {
     'checkpoint_hist', 'data_dir', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
 NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
+# Arguments that may leave the epochs alone that are done, and change those to come.
+SCHEDULE = {
+    'cooldown_epochs', 'decay_epochs', 'decay_milestones', 'decay_rate', 'epochs', 'lr_cycle_decay', 'lr_cycle_limit',
+    'lr_cycle_mul', 'train_sizes'}
 # What a run leaves that is killed before its first checkpoint.
 FIRST_EPOCH = {
     'args.yaml', 'recipe.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
@@ -52,7 +57,8 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     """Name the run; returns the checkpoint to continue from, or ''.
 
     Raises:
-        UsageError: If the folder holds another run, or the checkpoint comes from one with other arguments.
+        UsageError: If the folder holds another run, or the checkpoint comes from one with other arguments, unless these
+            only make it longer and the folder is a new one.
     """
     auto = args.resume == 'auto'
     if auto and not args.experiment:
@@ -77,7 +83,12 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         {'convert': {}, **json.loads(json.dumps(arguments, default=str))}
         for arguments in (vars(saved['args']), recorded(args)))
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
-    if changed:
+    if changed and set(changed) <= SCHEDULE and starts_alike(before, now, saved['epoch'] + 1):
+        if own:
+            raise UsageError(
+                f'{folder} keeps its run as it is. To train it further with {", ".join(changed)} changed, give the '
+                f'longer run a folder of its own: --resume {checkpoint} --experiment NAME')
+    elif changed:
         raise UsageError('\n'.join([
             f'{checkpoint} is from a run with other arguments:',
             *(f'  {name}: {before.get(name)!r} there, {now[name]!r} here' for name in changed),
@@ -85,6 +96,25 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
             f'or start a new one from its weights with --initial-checkpoint {checkpoint}',
         ]))
     return str(checkpoint)
+
+
+def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bool:
+    """Whether the first epochs of two trainings that differ in their `SCHEDULE` are the same."""
+    def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int]]]:
+        args = argparse.Namespace(**arguments)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr or args.lr_base)
+        scheduler, total = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+        sizes, seen = args.train_sizes or [], []
+        for epoch in range(min(epochs, total)):
+            for update in range(updates):
+                seen.append((optimizer.param_groups[0]['lr'], sizes[epoch] if epoch < len(sizes) else None))
+                if scheduler is not None:
+                    scheduler.step_update(epoch * updates + update + 1)
+            if scheduler is not None:
+                scheduler.step(epoch + 1)
+        return seen
+
+    return first(before) == first(now)
 
 
 def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, Any]:

@@ -677,6 +677,59 @@ def test_a_run_resumed_elsewhere_goes_on_there(flags, run, tmp_path, monkeypatch
     assert weights(folder)['epoch'] == 3
 
 
+@pytest.fixture(scope='module')
+def short(flags, tmp_path_factory):
+    """A finished run of one epoch."""
+    output = tmp_path_factory.mktemp('short')
+    return main([*flags, *SHORT, '--output', str(output), '--experiment', 'run'])
+
+
+SHORT = ['--epochs', '1', '--sched-on-updates', '--train-sizes', '12']
+LONGER = ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--train-sizes', '12', '14']
+
+
+def test_a_finished_run_is_trained_further(flags, short, tmp_path, monkeypatch):
+    """It ends as one that was to be so long from the start, bit for bit; the shorter one stays as it was."""
+    def files():
+        return {path: path.stat().st_mtime_ns for path in short.rglob('*')}
+
+    flags, before = [*flags, *SHORT, *LONGER, '--output', str(tmp_path)], files()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='--resume auto'):
+        patch.setattr(train, 'train_one_epoch', Mock(side_effect=KeyboardInterrupt))
+        main([*flags, '--resume', str(short / 'last.pth.tar'), '--experiment', 'longer'])
+    longer = main([*flags, '--resume', 'auto', '--experiment', 'longer'])
+    whole = main([*flags, '--experiment', 'whole'])
+    assert before == files()
+    assert len(read_summary(longer)) == 3 and yaml.safe_load((longer / 'args.yaml').read_text())['lr_cycle_limit'] == 2
+    for key in ('state_dict', 'optimizer', 'epoch'):
+        assert equal(weights(longer)[key], weights(whole)[key]), key
+
+    (tmp_path / 'manifest.json').write_text('[]')
+    monkeypatch.setattr(_weights, 'MANIFEST', tmp_path / 'manifest.json')
+    other = main([*flags, '--model', 'resnet18_conv2d', '--model-kwargs', 'channels=(8,8,8,8)', '--experiment', 'zoo'])
+    card = (hub.export(other, 'colours', tmp_path) / 'README.md').read_text()
+    assert '| epochs | 1 |' in card and '| lr_cycle_mul | 2.0 |' in card and 'last epoch (3)' in card
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--epochs', '2'], 'with other arguments:\n  epochs: 1 there, 2 here'),
+    ([*LONGER, '--train-sizes', '10', '14'], 'with other arguments:'),
+    ([*LONGER, '--opt', 'adamw'], 'with other arguments:'),
+])
+def test_a_run_is_trained_further_only_if_its_epochs_stay_as_they_were(flags, short, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main([
+            *flags, *SHORT, *argv, '--output', str(tmp_path), '--experiment', 'longer',
+            '--resume', str(short / 'last.pth.tar')])
+    assert not (tmp_path / 'longer').exists()
+
+
+def test_a_longer_run_does_not_replace_the_finished_one(flags, short):
+    with pytest.raises(SystemExit, match='keeps its run .* lr_cycle_mul.* --resume .*last.pth.tar --experiment NAME'):
+        main([
+            *flags, *SHORT, *LONGER, '--output', str(short.parent), '--experiment', short.name, '--resume', 'auto'])
+
+
 def test_sigterm_leaves_a_run_that_can_go_on(flags, tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys
