@@ -677,15 +677,15 @@ def test_a_run_resumed_elsewhere_goes_on_there(flags, run, tmp_path, monkeypatch
     assert weights(folder)['epoch'] == 3
 
 
+SHORT = ['--epochs', '1', '--sched-on-updates', '--train-sizes', '12']
+LONGER = ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--train-sizes', '12', '14']
+
+
 @pytest.fixture(scope='module')
 def short(flags, tmp_path_factory):
     """A finished run of one epoch."""
     output = tmp_path_factory.mktemp('short')
     return main([*flags, *SHORT, '--output', str(output), '--experiment', 'run'])
-
-
-SHORT = ['--epochs', '1', '--sched-on-updates', '--train-sizes', '12']
-LONGER = ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--train-sizes', '12', '14']
 
 
 def test_a_finished_run_is_trained_further(flags, short, tmp_path, monkeypatch):
@@ -703,6 +703,7 @@ def test_a_finished_run_is_trained_further(flags, short, tmp_path, monkeypatch):
     assert len(read_summary(longer)) == 3 and yaml.safe_load((longer / 'args.yaml').read_text())['lr_cycle_limit'] == 2
     for key in ('state_dict', 'optimizer', 'epoch'):
         assert equal(weights(longer)[key], weights(whole)[key]), key
+    assert {file.name for file in longer.glob('environment*')} == {'environment.json', 'environment-1.json'}
 
     (tmp_path / 'manifest.json').write_text('[]')
     monkeypatch.setattr(_weights, 'MANIFEST', tmp_path / 'manifest.json')
