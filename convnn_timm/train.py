@@ -409,7 +409,10 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             if checkpoint and not source.samefile(folder):  # so that the new run, too, can go on from the first moment
                 torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
                 os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
-                for file in *source.glob('summary.csv'), *source.glob('environment*.json'):
+                parts = [
+                    file for file in source.glob('environment*.json')
+                    if int(file.stem.partition('-')[2] or 0) <= start]
+                for file in *source.glob('summary.csv'), *parts:
                     shutil.copy(file, folder)
             utils.trim_summary(folder / 'summary.csv', start)
             if checkpoint and source.samefile(folder):

@@ -712,6 +712,15 @@ def test_a_finished_run_is_trained_further(flags, short, tmp_path, monkeypatch):
     assert '| epochs | 1 |' in card and '| lr_cycle_mul | 2.0 |' in card and 'last epoch (3)' in card
 
 
+def test_a_run_resumed_elsewhere_records_no_part_that_came_later(flags, short, tmp_path):
+    shutil.copytree(short, tmp_path / 'first')
+    shutil.copy(short / 'environment.json', tmp_path / 'first' / 'environment-5.json')
+    folder = main([
+        *flags, *SHORT, '--output', str(tmp_path), '--experiment', 'copy',
+        '--resume', str(tmp_path / 'first' / 'last.pth.tar')])
+    assert [file.name for file in folder.glob('environment*')] == ['environment.json']
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--epochs', '2'], 'with other arguments:\n  epochs: 1 there, 2 here'),
     ([*LONGER, '--train-sizes', '10', '14'], 'with other arguments:'),
