@@ -159,9 +159,8 @@ def test_a_run(benchmark, capsys, monkeypatch, tmp_path):
         rows = list(csv.DictReader(file))
     tables = {row['table'] for row in rows}
     assert tables == {
-        'Neighbours', 'Layers, forward', 'Layers, forward and backward', 'Training steps',
-        'Where the time of a training step goes',
-        'Large map, forward and backward'}
+        'Neighbours', 'Layers, forward', 'Layers, forward and backward', 'Training steps', 'One image, forward',
+        'Where the time of a training step goes', 'Large map, forward and backward'}
     layers = [row for row in rows if row['table'] == 'Layers, forward and backward']
     contenders = [row['contender'] for row in layers]
     assert contenders[:3] == ['original', 'conv2d', 'attention']
@@ -173,7 +172,8 @@ def test_a_run(benchmark, capsys, monkeypatch, tmp_path):
             for peer in ('original', 'conv2d'):
                 ratio = float(row[column]) / float(by_name[peer][column])
                 assert float(row[f'{unit} / {peer}']) == pytest.approx(ratio)
-    steps = [row['contender'] for row in rows if row['table'] == 'Training steps']
-    assert steps == ['conv2d', 'hybrid, torch', 'hybrid random 64, torch']
+    for table in 'Training steps', 'One image, forward':
+        steps = [row['contender'] for row in rows if row['table'] == table]
+        assert steps == ['conv2d', 'hybrid, torch', 'hybrid random 64, torch']
     large = rows[-1]
     assert float(large['peak resident MiB']) >= float(large['resident MiB before']) > 0 and float(large['seconds']) > 0

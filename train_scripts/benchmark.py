@@ -274,24 +274,26 @@ def measure_layers(args: argparse.Namespace) -> Dict[str, List[Row]]:
 
 
 def measure_models(args: argparse.Namespace) -> Dict[str, List[Row]]:
-    """Whole training steps of hybrids and their twins."""
-    rows, shares, images = [], [], args.model_batch_size
+    """Whole training steps of hybrids and their twins, and how long one image takes them."""
+    tables, images = defaultdict(list), args.model_batch_size
     for family in ['resnet18'] if args.quick else MODELS:
         x = torch.randn(images, 3, 32, 32, device=args.device).to(memory_format=args.memory_format)
         target = torch.randint(10, (images,), device=args.device)
-        steps = {}
+        models = {}
         for variant, (layer, kwargs) in MODELS[family].items():
             torch.manual_seed(0)
             model = timm.create_model(f'{family}_{layer}', **kwargs)
             model.to(args.device, memory_format=args.memory_format)
             for path in op_paths(args.device) if 'hybrid' in variant else [None]:
-                name = f'{variant}, {path}' if path else variant
-                steps[name] = model_step(model, x, target, args.autocast, path)
-        peers = [name for name in steps if 'hybrid' not in name]
+                models[f'{variant}, {path}' if path else variant] = model, path
+        peers = [name for name in models if 'hybrid' not in name]
+        steps = {name: model_step(model, x, target, args.autocast, path) for name, (model, path) in models.items()}
         case = f'{family}, batch {images}'
-        rows += compare(case, steps, peers, images, args)
-        shares += [time_shares(case, name, step, args.device) for name, step in steps.items()]
-    return {'Training steps': rows, SHARES: shares}
+        tables['Training steps'] += compare(case, steps, peers, images, args)
+        tables[SHARES] += [time_shares(case, name, step, args.device) for name, step in steps.items()]
+        steps = {name: layer_step(model, x[:1], False, args.autocast, path) for name, (model, path) in models.items()}
+        tables['One image, forward'] += compare(f'{family}, batch 1', steps, peers, 1, args)
+    return tables
 
 
 def large_step(path: str, args: argparse.Namespace) -> Row:
