@@ -8,13 +8,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
-from convnn_timm.ops import _common
+from convnn_timm.ops import _common, topk
 from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
 def chunk_bytes(request, monkeypatch):
     monkeypatch.setattr(_common, 'CHUNK_BYTES', request.param)
+
+
+@pytest.fixture(params=[1, 2 ** 30], ids=['by column', 'by row'])
+def least_columns(request, monkeypatch):
+    monkeypatch.setattr(topk, 'LEAST_COLUMNS', request.param)
 
 
 @pytest.fixture(params=[False, True], ids=['gather first', 'multiply first'])
@@ -36,7 +41,7 @@ def tokens(*shape, dtype=torch.float64, seed=0, ties=False):
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
 @pytest.mark.parametrize('B, Q, M, C, k', [
     (2, 20, 20, 5, 4), (3, 7, 31, 2, 31), (1, 1, 1, 3, 1), (5, 33, 9, 1, 8), (2, 40, 90, 3, 13)])
-def test_knn_selects_what_the_definition_selects(chunk_bytes, B, Q, M, C, k, metric, dtype, ties):
+def test_knn_selects_what_the_definition_selects(chunk_bytes, least_columns, B, Q, M, C, k, metric, dtype, ties):
     if ties and metric == 'cosine' and C > 1:  # norms of 1 keep cosine scores exact: at most one channel alive
         query, candidates = (tokens(B, n, C, ties=True) * torch.eye(C, dtype=torch.float64)[torch.arange(n) % C]
                              for n in (Q, M))

@@ -103,7 +103,7 @@ def _knn(
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     score = query.new_empty((B, Q, k))
-    by_column = can_sort_columns(query.dtype, query.device, M, k)
+    by_column = can_sort_columns(query.dtype, query.device, B * Q, M, k)
     keys = column_scratch(M, k) if by_column else 0  # for each query
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
     for b, q in batch_chunks(B, Q, M * query.element_size() + 8 * keys):
