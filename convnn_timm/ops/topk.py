@@ -78,8 +78,8 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 # Few values: a sorting network
 
-# So many columns make up for its many small steps, which take as long for a single one. (Measured: 500 to 1000.)
-LEAST_COLUMNS = 768
+# So many columns make up for its many small steps, which take as long for a single one. (Measured: 800 to 2000.)
+LEAST_COLUMNS = 1024
 
 
 def can_sort_columns(dtype: torch.dtype, device: torch.device, columns: int, M: int, k: int) -> bool:
