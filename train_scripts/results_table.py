@@ -93,8 +93,8 @@ def precision(args: Dict) -> str:
 
 
 def augmentation(args: Dict) -> str:
-    used = [name for name in ('reprob', 'mixup', 'cutmix') if args[name]]
-    return ' '.join(f'{name}={args[name]}' for name in [*used, *['mixup_prob'] * (args['mixup_prob'] < 1)])
+    off = {'reprob': 0, 'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
+    return ' '.join(f'{name}={args[name]}' for name, value in off.items() if args[name] != value)
 
 
 def search_row(folder: Path) -> List[str]:
