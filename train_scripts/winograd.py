@@ -2,7 +2,7 @@
 
     python train_scripts/winograd.py -c cifar10 --no-amp ...        # the arguments of `convnn-timm train`
 
-For float32 on CPUs that have no bfloat16. Results differ from those of torch's convolutions by rounding, 1e-5 of a map's
+For float32 on CPUs that have no bfloat16. Results differ from those of torch's convolutions by rounding, 3e-6 of a map's
 largest value. To keep freed memory rather than return it to the system saves another tenth of the time:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 OMP_WAIT_POLICY=active python train_scripts/winograd.py ...
@@ -10,6 +10,7 @@ largest value. To keep freed memory rather than return it to the system saves an
 Needs a C++ compiler (g++ or clang++ with OpenMP). Source: Lavin and Gray, arXiv:1509.09308.
 """
 import ctypes
+import math
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from typing import Dict, Iterator, Optional, Tuple
 import torch
 from torch import nn
 
+POINTS = 0, 5 / 8, -5 / 8, 3 / 2, -3 / 2  # as in winograd.cpp
 G = torch.tensor([
-    [1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6],
-    [0, 0, 1]])
+    [power / math.prod(point - other for other in POINTS if other != point) for power in (1, point, point ** 2)]
+    for point in POINTS] + [[0, 0, 1]])
 WEIGHTS = torch.kron(G, G)  # (36, 9): from the 3x3 of a weight to its planes
 CHUNK = 2_400_000  # numbers in the planes that are in use at once: they stay in the processor's cache
 buffers: Dict[str, torch.Tensor] = {}
@@ -47,10 +49,12 @@ class Planes:
     def __init__(self, images: torch.Tensor, buffer: str):
         self.images = images
         channels, tiles = images.shape[1], len(images) * count_tiles(images)
-        stride = tiles * channels + 80  # no power of two, of which a cache would keep few
-        if buffer not in buffers or buffers[buffer].numel() < 36 * stride:
-            buffers[buffer] = torch.empty(36 * stride)
-        self.values = buffers[buffer].as_strided((36, tiles, channels), (stride, channels, 1))
+        rows = tiles + 1  # no power of two, of which a cache would keep few
+        size = 36 * rows * channels
+        if buffer not in buffers or len(buffers[buffer]) < size:
+            buffers[buffer] = torch.empty(size)
+        self.values = buffers[buffer][:size].view(36, rows, channels)
+        self.values[:, tiles:] = 0
 
     def transform(self, name: str) -> torch.Tensor:
         """From images to planes (`input`, `gradient`) or back (`output`)."""
