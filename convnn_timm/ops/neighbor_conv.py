@@ -103,7 +103,7 @@ def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor)
 # Gather first
 
 def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
-    matrix = _rank_major(weight, groups)
+    matrix = _by_output(weight, groups)
     for b, q, rows in _gather(x, index):
         if score is not None:
             rows = rows * score[b, q].reshape(*rows.shape[:2], 1)
@@ -112,9 +112,9 @@ def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
 
 def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
-    matrix = _rank_major(weight, groups)
+    matrix = _by_output(weight, groups)
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if of_x else None
-    grad_matrix = widen(matrix.new_zeros(groups, O // groups, K * C // groups)) if of_weight else None
+    grad_matrix = widen(torch.zeros_like(matrix)) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
@@ -144,9 +144,9 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice
         yield b, q, buffer[:len(rows)].view(-1, K, C)
 
 
-def _rank_major(weight: torch.Tensor, groups: int) -> torch.Tensor:
-    """(O, C / groups, K) -> (groups, K * C / groups, O / groups), rows in the order of gathered rows."""
-    return weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1).flatten(1, 2)
+def _by_output(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """(O, C / groups, K) -> (groups, O / groups, K * C / groups), each row in the order of gathered rows."""
+    return weight.unflatten(0, (groups, -1)).transpose(2, 3).flatten(2)
 
 
 def _split_groups(rows: torch.Tensor, groups: int) -> torch.Tensor:
@@ -156,27 +156,27 @@ def _split_groups(rows: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _grouped_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """(N, K, C) rows times (groups, K * C / groups, O / groups) -> (N, O)."""
+    """(N, K, C) rows times (groups, O / groups, K * C / groups) -> (N, O)."""
     if matrix.shape[0] == 1:
-        return rows.flatten(1) @ matrix[0]
-    if matrix.shape[0] == rows.shape[2] and matrix.shape[2] == 1:  # depthwise
-        return (rows * matrix[..., 0].T).sum(1)
-    return torch.bmm(_split_groups(rows, matrix.shape[0]), matrix).transpose(0, 1).flatten(1)
+        return rows.flatten(1) @ matrix[0].T
+    if matrix.shape[0] == rows.shape[2] and matrix.shape[1] == 1:  # depthwise
+        return (rows * matrix[:, 0].T).sum(1)
+    return torch.bmm(_split_groups(rows, matrix.shape[0]), matrix.mT).transpose(0, 1).flatten(1)
 
 
 def _rows_gradient(grad: torch.Tensor, matrix: torch.Tensor, K: int) -> torch.Tensor:
     """Gradient (N, K, C) of `_grouped_product`, grad (N, O), to its rows."""
-    groups, inputs, outputs = matrix.shape
+    groups, outputs, inputs = matrix.shape
     if groups == 1:
-        return (grad @ matrix[0].T).unflatten(1, (K, -1))
+        return (grad @ matrix[0]).unflatten(1, (K, -1))
     if inputs == K and outputs == 1:  # depthwise
-        return grad.unsqueeze(1) * matrix[..., 0].T
+        return grad.unsqueeze(1) * matrix[:, 0].T
     grad = grad.unflatten(1, (groups, -1)).transpose(0, 1)
-    return torch.bmm(grad, matrix.mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
+    return torch.bmm(grad, matrix).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _matrix_gradient(grad: torch.Tensor, rows: torch.Tensor, groups: int) -> torch.Tensor:
-    """Gradient of `_grouped_product`, grad (N, O), to its matrix: (groups, O / groups, K * C / groups)."""
+    """Gradient of `_grouped_product`, grad (N, O), to its matrix."""
     if groups == 1:
         return grad.T @ rows.flatten(1)
     if groups == rows.shape[2] == grad.shape[1]:  # depthwise
@@ -232,27 +232,30 @@ def _tokens_and_places(
         yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K)
 
 
+def _by_rank(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """(O, C / groups, K) -> (groups, K * O / groups, C / groups)."""
+    return weight.unflatten(0, (groups, -1)).permute(0, 3, 1, 2).flatten(1, 2)
+
+
 def _products(tokens: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     """(N, C) times the weight (O, C / groups, K) of every rank: (N, K, O)."""
     O, C, K = weight.shape
     if groups == 1:
-        return (tokens @ weight.permute(1, 2, 0).reshape(C, -1)).view(-1, K, O)
+        return (tokens @ _by_rank(weight, 1)[0].T).view(-1, K, O)
     if C == 1 and groups == O:  # depthwise
         return tokens.unsqueeze(1) * weight[:, 0].T
     tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
-    matrix = weight.unflatten(0, (groups, -1)).permute(0, 2, 3, 1).flatten(2)
-    return torch.bmm(tokens, matrix).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
+    return torch.bmm(tokens, _by_rank(weight, groups).mT).unflatten(2, (K, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _tokens_gradient(grad: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Gradient (N, C) of `_products`, grad (N, K, O), to its tokens."""
     if groups == 1:
-        return grad.flatten(1) @ weight.permute(2, 0, 1).flatten(0, 1)
+        return grad.flatten(1) @ _by_rank(weight, 1)[0]
     if groups == len(weight) and weight.shape[1] == 1:  # depthwise
         return (grad * weight[:, 0].T).sum(1)
     grad = grad.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
-    matrix = weight.unflatten(0, (groups, -1)).permute(0, 3, 1, 2).flatten(1, 2)
-    return torch.bmm(grad, matrix).transpose(0, 1).flatten(1)
+    return torch.bmm(grad, _by_rank(weight, groups)).transpose(0, 1).flatten(1)
 
 
 def _ranks_gradient(grad: torch.Tensor, tokens: torch.Tensor, groups: int) -> torch.Tensor:
