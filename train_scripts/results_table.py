@@ -40,7 +40,8 @@ SEARCH_HEADER = """# A hybrid that trains well
 Short runs that choose the form of the branching layers and the recipe of the published weights, judged on some of the 50,000 training
 images, which are *held out* of the training (`--holdout`); the test set is not read. ResNet-18 whose first stage has `width` channels
 instead of 64, otherwise as the recipe `cifar10` was. Compare runs that differ in one column. *Small images*: sides in the first epochs
-(`--train-sizes`). *Augmentation*: besides crops and flips. Written by `python train_scripts/results_table.py`.
+(`--train-sizes`). *Augmentation*: besides crops and flips. *Epochs*: where they begin with another run's weights, after those of that
+run. Written by `python train_scripts/results_table.py`.
 
 The runs with 25,000 images held out ask what helps a network that knows its own images far better than others, as after a whole
 training: half the images for half the width, and more epochs.
@@ -70,12 +71,16 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return head + '|---' * len(columns) + '|\n' + ''.join(body)
 
 
+def with_arguments(name: str, arguments: Dict) -> str:
+    return ' '.join([name, *(f'{key}={value}' for key, value in arguments.items())])
+
+
 def run_row(folder: Path) -> List[str]:
     run = Record(folder)
-    arguments = ' '.join(f'{name}={value}' for name, value in run.args['model_kwargs'].items())
     waiting = float(run.summary[-1]['train_data_share'])
     return [
-        f'[{folder.name}]({folder.name})', f'{run.args["model"]} {arguments}', run.args['seed'], run.epochs, top1(run),
+        f'[{folder.name}]({folder.name})', with_arguments(run.args['model'], run.args['model_kwargs']), run.args['seed'],
+        run.epochs, top1(run),
         f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
         f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
 
@@ -102,9 +107,12 @@ def search_row(folder: Path) -> List[str]:
     args, arguments = run.args, dict(run.args['model_kwargs'])
     width = arguments.pop('channels')[0]
     small_images = ' '.join(map(str, args.get('train_sizes') or ()))
+    epochs = run.epochs
+    if args['initial_checkpoint']:
+        epochs = f'{epochs} after {Path(args["initial_checkpoint"]).parents[1].name}'  # run/model/model.safetensors
     return [
-        f'[{folder.name}]({folder.name})', ' '.join([args['model'], *(f'{k}={v}' for k, v in arguments.items())]),
-        width, args['holdout'], run.epochs, small_images, augmentation(args), args['opt'], args['batch_size'], args['lr'],
+        f'[{folder.name}]({folder.name})', with_arguments(args['model'], arguments), width, args['holdout'], epochs,
+        small_images, augmentation(args), with_arguments(args['opt'], args['opt_kwargs']), args['batch_size'], args['lr'],
         args['weight_decay'], precision(args), args['seed'], f'{run.last("train_loss"):.3f}',
         f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
 
