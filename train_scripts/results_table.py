@@ -80,8 +80,7 @@ def run_row(folder: Path) -> List[str]:
     waiting = float(run.summary[-1]['train_data_share'])
     return [
         f'[{folder.name}]({folder.name})', with_arguments(run.args['model'], run.args['model_kwargs']), run.args['seed'],
-        run.epochs, top1(run),
-        f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
+        run.epochs, top1(run), f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
         f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
 
 

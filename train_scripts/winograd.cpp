@@ -1,14 +1,13 @@
 // Winograd's transforms of 3x3 convolutions, F(4x4, 3x3) of Lavin and Gray (arXiv:1509.09308), for winograd.py.
 // A map is (B, H, W, C) float32, C a multiple of 8. Planes are (36, tiles, C), `stride` floats apart: 6x6 numbers for each 4x4
-// of the map. The polynomials are evaluated at 0, p, -p, q, -q and infinity.
+// of the map. The polynomials are evaluated at 0, p, -p, q, -q and infinity; winograd.py says which p (P) and q (Q).
 #include <cstdint>
 #include <vector>
 
 typedef float Eight __attribute__((vector_size(32)));  // channels at a time
 typedef float Sixteen __attribute__((vector_size(64)));
 
-// With these half as much is rounded off as with the usual 1 and 2.
-constexpr float p = 5. / 8, q = 3. / 2, p2 = p * p, q2 = q * q;
+constexpr float p = P, q = Q, p2 = p * p, q2 = q * q;
 
 // Each transform of a tile is one of its columns and rows, from S numbers `x` to R numbers `y`.
 struct Input {  // the tile's 6x6 pixels, which begin one before it -> 6x6
@@ -66,8 +65,9 @@ static inline void transform(const float* const (&from)[T::S][T::S], float* cons
 }
 
 // All tiles of a map, to their planes or back. Pixels outside of it are zero, and what is written to them is dropped.
-template <class T, bool to_planes>
+template <class T>
 static void tiles(float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
+  constexpr bool to_planes = T::R == 6;
   constexpr int side = to_planes ? T::S : T::R;
   int64_t th = (H + 3) / 4, tw = (W + 3) / 4;
 #pragma omp parallel
@@ -84,26 +84,25 @@ static void tiles(float* map, float* planes, int64_t B, int64_t H, int64_t W, in
           pixels[i][j] = inside ? map + ((b * H + y) * W + x) * C : outside.data();
         }
       for (int i = 0; i < 36; i++) numbers[i / 6][i % 6] = planes + i * stride + tile * C;
-      int64_t c = 0;
-      if constexpr (to_planes) {
-        for (; c + 16 <= C; c += 16) transform<T, Sixteen>(pixels, numbers, c);
-        if (c < C) transform<T, Eight>(pixels, numbers, c);
-      } else {
-        for (; c + 16 <= C; c += 16) transform<T, Sixteen>(numbers, pixels, c);
-        if (c < C) transform<T, Eight>(numbers, pixels, c);
-      }
+      auto all_channels = [&](auto& from, auto& to) {
+        int64_t c = 0;
+        for (; c + 16 <= C; c += 16) transform<T, Sixteen>(from, to, c);
+        if (c < C) transform<T, Eight>(from, to, c);
+      };
+      if constexpr (to_planes) all_channels(pixels, numbers);
+      else all_channels(numbers, pixels);
     }
   }
 }
 
 extern "C" {
 void input(float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
-  tiles<Input, true>(map, planes, B, H, W, C, stride);
+  tiles<Input>(map, planes, B, H, W, C, stride);
 }
 void gradient(float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
-  tiles<Gradient, true>(map, planes, B, H, W, C, stride);
+  tiles<Gradient>(map, planes, B, H, W, C, stride);
 }
 void output(float* map, float* planes, int64_t B, int64_t H, int64_t W, int64_t C, int64_t stride) {
-  tiles<Output, false>(map, planes, B, H, W, C, stride);
+  tiles<Output>(map, planes, B, H, W, C, stride);
 }
 }

@@ -21,7 +21,8 @@ from typing import Dict, Iterator, Optional, Tuple
 import torch
 from torch import nn
 
-POINTS = 0, 5 / 8, -5 / 8, 3 / 2, -3 / 2  # as in winograd.cpp
+P, Q = 5 / 8, 3 / 2  # half as much is rounded off as with the usual 1 and 2
+POINTS = 0, P, -P, Q, -Q
 G = torch.tensor([
     [power / math.prod(point - other for other in POINTS if other != point) for power in (1, point, point ** 2)]
     for point in POINTS] + [[0, 0, 1]])
@@ -37,24 +38,27 @@ def compile_transforms() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / 'winograd.so'
         flags = '-O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math -fopenmp -shared -fPIC'
+        flags += f' -DP={P} -DQ={Q}'
         subprocess.run(
             [compiler, *flags.split(), str(Path(__file__).with_suffix('.cpp')), '-o', str(library)], check=True)
         return ctypes.CDLL(str(library))
 
 
 class Planes:
-    """The transformed form (36, tiles, C) of images of a channels-last map (B, C, H, W), in a buffer used again."""
+    """The transformed form (36, tiles + 1, C) of images of a channels-last map (B, C, H, W), in a buffer used again.
+
+    The last row is zero. It keeps the planes from lying a power of two apart, of which a cache would hold few.
+    """
     library: Optional[ctypes.CDLL] = None
 
     def __init__(self, images: torch.Tensor, buffer: str):
         self.images = images
         channels, tiles = images.shape[1], len(images) * count_tiles(images)
-        rows = tiles + 1  # no power of two, of which a cache would keep few
-        size = 36 * rows * channels
+        size = 36 * (tiles + 1) * channels
         if buffer not in buffers or len(buffers[buffer]) < size:
             buffers[buffer] = torch.empty(size)
-        self.values = buffers[buffer][:size].view(36, rows, channels)
-        self.values[:, tiles:] = 0
+        self.values = buffers[buffer][:size].view(36, tiles + 1, channels)
+        self.values[:, tiles] = 0
 
     def transform(self, name: str) -> torch.Tensor:
         """From images to planes (`input`, `gradient`) or back (`output`)."""
