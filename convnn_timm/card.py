@@ -58,7 +58,7 @@ PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
-    'train_sizes', 'crop_padding', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
+    'train_sizes', 'crop_padding', 'crop_off_epoch', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
 CITATION = r"""@article{kang2025attention,
   title   = {Attention Via Convolutional Nearest Neighbors},
   author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},

@@ -41,7 +41,7 @@ from .images import ImageError
 from .macs import count_macs
 from .models._common import unknown_model
 from .train_args import UsageError, build_parser, find_recipe, parse_args
-from .train_data import check_classes, create_batches, create_parts, epoch_seed
+from .train_data import check_classes, create_batches, create_parts, epoch_seed, stop_crops
 from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
 
 __all__ = ['UsageError', 'build_parser', 'evaluate', 'main', 'parse_args', 'train']
@@ -83,6 +83,8 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
         sampler.set_epoch(epoch)
     if setup.mixup_fn is not None and args.mixup_off_epoch:
         setup.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
+    if args.crop_padding and 0 < args.crop_off_epoch <= epoch:
+        stop_crops(loader)
 
     side = args.train_sizes[epoch] if epoch < len(args.train_sizes or ()) else None
     steps, accum = len(loader), args.grad_accum_steps

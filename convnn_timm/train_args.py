@@ -42,7 +42,7 @@ ARGUMENTS = {
         lr_k_decay=1., warmup_lr=1e-5, warmup_epochs=5, warmup_prefix=False, min_lr=0., cooldown_epochs=0,
         decay_milestones=[90, 180, 270], decay_epochs=90., decay_rate=0.1),
     'augmentation and regularization': dict(
-        no_aug=False, crop_padding=int, train_sizes=[int], train_crop_mode=str, scale=[0.08, 1.],
+        no_aug=False, crop_padding=int, crop_off_epoch=0, train_sizes=[int], train_crop_mode=str, scale=[0.08, 1.],
         ratio=[3. / 4., 4. / 3.], hflip=0.5, vflip=0., color_jitter=0.4, aa=str, train_interpolation='random',
         reprob=0., remode='pixel', recount=1, mixup=0., cutmix=0., mixup_prob=1., mixup_switch_prob=0.5,
         mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1),
@@ -71,6 +71,7 @@ HELP = dict(
     no_aug='no augmentation, whatever the other flags say',
     crop_padding='the CIFAR crop: pad by this many black pixels, crop at random to the input size; replaces '
                  '--train-crop-mode, --scale and --ratio',
+    crop_off_epoch='turn that crop off after this many epochs, so that the last ones see whole images; 0 never',
     train_sizes='side in pixels that the training images are shrunk to in the first epochs, one number for each; the '
                 'epochs after them see the input size',
     model_ema='the average is what is evaluated and saved',
@@ -92,7 +93,7 @@ RANGES = {
     '1 or more': (lambda x: x >= 1, (
         'batch_size', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'log_interval', 'recount', 'train_sizes',
         'validation_batch_size')),
-    '0 or more': (lambda x: x >= 0, ('crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
+    '0 or more': (lambda x: x >= 0, ('crop_off_epoch', 'crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
     'from 0 to 1': (lambda x: 0 <= x <= 1, (
         'hflip', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay', 'reprob', 'vflip')),
     '0 or more and less than 1': (lambda x: 0 <= x < 1, ('drop', 'drop_path', 'smoothing')),

@@ -17,7 +17,8 @@ from .images import image_mode, read_image
 from .train_args import UsageError
 
 __all__ = [
-    'MemoryBatches', 'Part', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split']
+    'MemoryBatches', 'Part', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split',
+    'stop_crops']
 
 _logger = logging.getLogger(__name__)
 
@@ -271,3 +272,13 @@ def create_batches(
     if crop_padding is not None:  # instead of timm's first step, which is its crop
         part.transform.transforms[:1] = [*plain.transforms[:-1], transforms.RandomCrop(size[1:], padding=crop_padding)]
     return loader
+
+
+def stop_crops(loader: PrefetchLoader) -> None:
+    """Let the epochs to come see whole images, where `--crop-padding` cropped them."""
+    batches = loader.loader
+    if isinstance(batches, MemoryBatches):
+        batches.crop_padding = 0
+    else:
+        steps = batches.dataset.transform.transforms
+        steps[:] = [step for step in steps if not isinstance(step, transforms.RandomCrop)]

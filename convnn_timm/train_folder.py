@@ -27,8 +27,8 @@ FREE_ON_RESUME = {
 NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
 # Arguments that may leave the epochs alone that are done, and change those to come.
 SCHEDULE = {
-    'cooldown_epochs', 'decay_epochs', 'decay_milestones', 'decay_rate', 'epochs', 'lr_cycle_decay', 'lr_cycle_limit',
-    'lr_cycle_mul', 'train_sizes'}
+    'cooldown_epochs', 'crop_off_epoch', 'decay_epochs', 'decay_milestones', 'decay_rate', 'epochs', 'lr_cycle_decay',
+    'lr_cycle_limit', 'lr_cycle_mul', 'train_sizes'}
 # What a run leaves that is killed before its first checkpoint.
 FIRST_EPOCH = {
     'args.yaml', 'recipe.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
@@ -80,7 +80,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
     # As in args.yaml, where a tuple is a list.
     before, now = (
-        {'convert': {}, **json.loads(json.dumps(arguments, default=str))}
+        {'convert': {}, 'crop_off_epoch': 0, **json.loads(json.dumps(arguments, default=str))}
         for arguments in (vars(saved['args']), recorded(args)))
     changed = [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
     if changed and set(changed) <= SCHEDULE and starts_alike(before, now, saved['epoch'] + 1):
@@ -100,14 +100,15 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
 
 def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bool:
     """Whether the first epochs of two trainings that differ in their `SCHEDULE` are the same."""
-    def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int]]]:
+    def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int], bool]]:
         args = argparse.Namespace(**arguments)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr or args.lr_base)
         scheduler, total = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
         sizes, seen = args.train_sizes or [], []
         for epoch in range(min(epochs, total)):
+            images = sizes[epoch] if epoch < len(sizes) else None, 0 < args.crop_off_epoch <= epoch
             for update in range(updates):
-                seen.append((optimizer.param_groups[0]['lr'], sizes[epoch] if epoch < len(sizes) else None))
+                seen.append((optimizer.param_groups[0]['lr'], *images))
                 if scheduler is not None:
                     scheduler.step_update(epoch * updates + update + 1)
             if scheduler is not None:

@@ -25,7 +25,7 @@ from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
 from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
-from convnn_timm.train_folder import read_summary
+from convnn_timm.train_folder import read_summary, starts_alike
 
 CLASSES = ('bee', 'cat', 'dog')
 
@@ -550,29 +550,46 @@ def test_crop_padding(flags, tmp_path, cache):
     assert max(seen.values()) < 45  # 20 expected, standard deviation 4.4
 
 
-# Small images first
+# Other images in some epochs
 
-def test_the_first_epochs_see_small_images(flags, tmp_path, monkeypatch):
-    seen, contrast = Counter(), {}
-
-    def see(module, inputs):
-        x = inputs[0]
-        seen[module.training, x.shape[2:]] += len(x)
-        if module.training:
-            contrast[x.shape[-1]] = x.diff(dim=-1).abs().mean()
+@pytest.fixture
+def batches(monkeypatch):
+    """What the model is given: whether it trains, and the images."""
+    seen = []
 
     def create(args):
         model = original(args)
-        model.register_forward_pre_hook(see)
+        model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0])))
         return model
 
     original = train.create_model
     monkeypatch.setattr(train, 'create_model', create)
+    return seen
+
+
+def test_the_first_epochs_see_small_images(flags, tmp_path, batches):
     main([*flags, '--train-sizes', '8', '12', '--output', str(tmp_path)])
-    trained = {size: count for (training, size), count in seen.items() if training}
+    trained, contrast = Counter(), {}
+    for x in (x for training, x in batches if training):
+        trained[x.shape[2:]] += len(x)
+        contrast[x.shape[-1]] = x.diff(dim=-1).abs().mean()
     assert trained == {(8, 8): 112, (12, 12): 112, (16, 16): 112}  # of 120 images, in full batches
-    assert {size for training, size in seen if not training} >= {(16, 16)}
+    assert {x.shape[2:] for training, x in batches if not training} >= {(16, 16)}
     assert contrast[8] < 0.7 * contrast[16]  # averages of the noise that the images are, not parts of it
+
+
+@pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
+def test_the_last_epochs_see_whole_images(flags, tmp_path, batches, cache):
+    def trained(*argv):  # in each epoch: images as bytes, those mirrored as they were
+        batches.clear()
+        main([*flags, cache, *argv, '--output', str(tmp_path), '--experiment', str(len(argv))])
+        epochs = torch.stack([x for training, x in batches if training]).unflatten(0, (3, 7)).flatten(1, 2)
+        return [[min(x.numpy().tobytes(), x.flip(2).numpy().tobytes()) for x in epoch] for epoch in epochs]
+
+    whole = {image for epoch in trained('--crop-padding', '0', '--hflip', '0.5') for image in epoch}
+    assert len(whole) == 120
+    shares = [sum(image in whole for image in epoch) / 112 for epoch in trained('--crop-off-epoch', '2')]
+    assert shares[0] < 0.2 and shares[1] < 0.2 and shares[2] == 1  # one of 25 crops is the whole image
 
 
 def test_too_small_images(flags, tmp_path):
@@ -678,7 +695,7 @@ def test_a_run_resumed_elsewhere_goes_on_there(flags, run, tmp_path, monkeypatch
 
 
 SHORT = ['--epochs', '1', '--sched-on-updates', '--train-sizes', '12']
-LONGER = ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--train-sizes', '12', '14']
+LONGER = ['--lr-cycle-limit', '2', '--lr-cycle-mul', '2', '--train-sizes', '12', '14', '--crop-off-epoch', '2']
 
 
 @pytest.fixture(scope='module')
@@ -732,6 +749,12 @@ def test_a_run_is_trained_further_only_if_its_epochs_stay_as_they_were(flags, sh
             *flags, *SHORT, *argv, '--output', str(tmp_path), '--experiment', 'longer',
             '--resume', str(short / 'last.pth.tar')])
     assert not (tmp_path / 'longer').exists()
+
+
+@pytest.mark.parametrize('off, alike', [(2, True), (1, False)])
+def test_two_epochs_with_crops_cannot_go_on_as_one(flags, off, alike):
+    before = vars(parse_args([*flags, '--sched', 'none']))
+    assert starts_alike(before, {**before, 'crop_off_epoch': off}, 2) is alike
 
 
 def test_a_longer_run_does_not_replace_the_finished_one(flags, short):

@@ -40,8 +40,8 @@ SEARCH_HEADER = """# A hybrid that trains well
 Short runs that choose the form of the branching layers and the recipe of the published weights, judged on some of the 50,000 training
 images, which are *held out* of the training (`--holdout`); the test set is not read. ResNet-18 whose first stage has `width` channels
 instead of 64, otherwise as the recipe `cifar10` was. Compare runs that differ in one column. *Small images*: sides in the first epochs
-(`--train-sizes`). *Augmentation*: besides crops and flips. *Epochs*: where they begin with another run's weights, after those of that
-run. Written by `python train_scripts/results_table.py`.
+(`--train-sizes`). *Augmentation*: besides crops by up to 4 pixels and flips. *Epochs*: where they begin with another run's weights,
+after those of that run. Written by `python train_scripts/results_table.py`.
 
 The runs with 25,000 images held out ask what helps a network that knows its own images far better than others, as after a whole
 training: half the images for half the width, and more epochs.
@@ -97,8 +97,10 @@ def precision(args: Dict) -> str:
 
 
 def augmentation(args: Dict) -> str:
-    off = {'reprob': 0, 'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
-    return ' '.join(f'{name}={args[name]}' for name, value in off.items() if args[name] != value)
+    usual = {
+        'crop_padding': 4, 'crop_off_epoch': 0, 'reprob': 0, 'remode': 'pixel', 'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
+    given = {name: args.get(name, value) for name, value in usual.items()}
+    return ' '.join(f'{name}={value}' for name, value in given.items() if value != usual[name])
 
 
 def search_row(folder: Path) -> List[str]:
