@@ -463,7 +463,8 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             safe_serialization=True,
             data_config=data_config,
         )
-        print_result({name.removeprefix('eval_'): float(rows[-1][name]) for name in rows[-1]})
+        if rows:  # none if a finished run's checkpoint came without its summary
+            print_result({name.removeprefix('eval_'): float(rows[-1][name]) for name in rows[-1]})
     return folder
 
 

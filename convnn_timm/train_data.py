@@ -129,7 +129,8 @@ class MemoryBatches:
         targets: Their classes (N).
         batch_size: Images of one batch of one process.
         train: Shuffle, crop and flip, leave out the last incomplete batch, and take this process's share.
-        crop_padding: Width in pixels of the black border that a crop may reach into.
+        crop_padding: Width in pixels of the border that a crop may reach into.
+        crop_padding_mode: ``constant``, a black border, or ``reflect``, the image mirrored at its edge.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
     """
@@ -141,6 +142,7 @@ class MemoryBatches:
             batch_size: int,
             train: bool = False,
             crop_padding: int = 0,
+            crop_padding_mode: str = 'constant',
             hflip: float = 0.,
             vflip: float = 0.,
             seed: int = 0,
@@ -148,7 +150,7 @@ class MemoryBatches:
             world_size: int = 1,
     ):
         self.images, self.targets, self.batch_size, self.train = images, targets, batch_size, train
-        self.crop_padding, self.flips = crop_padding, (hflip, vflip)
+        self.crop_padding, self.crop_padding_mode, self.flips = crop_padding, crop_padding_mode, (hflip, vflip)
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -174,7 +176,8 @@ class MemoryBatches:
     def _augment(self, images: torch.Tensor, corner: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         if self.crop_padding:
             height, width = images.shape[2:]
-            crops = F.pad(images, [self.crop_padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # all, as a view
+            padded = F.pad(images.float(), [self.crop_padding] * 4, self.crop_padding_mode)  # CUDA mirrors no integers
+            crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # all of them, as a view
             images = crops[torch.arange(len(images), device=images.device), :, corner[:, 0], corner[:, 1]]
         for dim, flip, value in zip((3, 2), self.flips, chance.unbind(1)):
             if flip:
@@ -238,6 +241,7 @@ def create_batches(
             batch_size,
             train=train,
             crop_padding=crop_padding or 0,
+            crop_padding_mode=args.crop_padding_mode,
             hflip=args.hflip if augment else 0.,
             vflip=args.vflip if augment else 0.,
             seed=args.seed,
@@ -270,7 +274,8 @@ def create_batches(
     if train and world_size > 1:
         loader.sampler.seed = args.seed
     if crop_padding is not None:  # instead of timm's first step, which is its crop
-        part.transform.transforms[:1] = [*plain.transforms[:-1], transforms.RandomCrop(size[1:], padding=crop_padding)]
+        crop = transforms.RandomCrop(size[1:], padding=crop_padding, padding_mode=args.crop_padding_mode)
+        part.transform.transforms[:1] = [*plain.transforms[:-1], crop]
     return loader
 
 

@@ -439,6 +439,16 @@ def test_resume_from_a_file_continues_in_another_folder(flags, run, tmp_path):
     assert equal(weights(run)['state_dict'], load_file(folder / 'model' / 'model.safetensors'))
 
 
+def test_resume_a_run_that_is_older_than_an_argument(flags, run, tmp_path):
+    checkpoint = weights(run)
+    del checkpoint['args'].crop_padding_mode
+    torch.save(checkpoint, tmp_path / 'old.pth.tar')
+    flags = [*flags, '--resume', str(tmp_path / 'old.pth.tar'), '--output', str(tmp_path)]
+    with pytest.raises(SystemExit, match="crop_padding_mode: 'constant' there, 'reflect' here"):
+        main([*flags, '--crop-padding-mode', 'reflect'])
+    assert (main([*flags, '--experiment', 'new']) / 'model').is_dir()
+
+
 def test_resume_refuses_other_arguments(flags, run):
     with pytest.raises(SystemExit) as error:
         main([
@@ -526,19 +536,20 @@ def test_images_from_memory_are_timms(flags):
     assert sorted(load('--cache', True)) == sorted(load('--no-cache', True))  # each in an order of its own
 
 
+@pytest.mark.parametrize('mode', ['constant', 'reflect'])
 @pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
-def test_crop_padding(flags, tmp_path, cache):
-    """Every offset of the crop is equally likely, both directions of the flip too; what comes from outside is black."""
+def test_crop_padding(flags, tmp_path, cache, mode):
+    """Every offset of the crop is equally likely, both directions of the flip too; outside is black or a mirror."""
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for split in ('train', 'validation'):
         (tmp_path / split / 'only').mkdir(parents=True)
         for i in range(25 if split == 'train' else 1):
             Image.fromarray(np.repeat(pixels[..., None], 3, 2)).save(tmp_path / split / 'only' / f'{i}.png')
-    args = parse_args([*flags, '--data-dir', str(tmp_path), '-b', '25', cache])
-    loader, black, crops, seen = loader_of(args, True), np.pad(pixels, 2), {}, Counter()
+    args = parse_args([*flags, '--data-dir', str(tmp_path), '-b', '25', cache, '--crop-padding-mode', mode])
+    loader, padded, crops, seen = loader_of(args, True), np.pad(pixels, 2, mode), {}, Counter()
     for y in range(5):
         for x in range(5):
-            crop = black[y:y + 16, x:x + 16]
+            crop = padded[y:y + 16, x:x + 16]
             crops[crop.tobytes()], crops[crop[:, ::-1].tobytes()] = (y, x, False), (y, x, True)
     for epoch in range(40):
         if cache == '--cache':

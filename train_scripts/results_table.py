@@ -98,7 +98,8 @@ def precision(args: Dict) -> str:
 
 def augmentation(args: Dict) -> str:
     usual = {
-        'crop_padding': 4, 'crop_off_epoch': 0, 'reprob': 0, 'remode': 'pixel', 'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
+        'crop_padding': 4, 'crop_padding_mode': 'constant', 'crop_off_epoch': 0, 'reprob': 0, 'mixup': 0, 'cutmix': 0,
+        'mixup_prob': 1}
     given = {name: args.get(name, value) for name, value in usual.items()}
     return ' '.join(f'{name}={value}' for name, value in given.items() if value != usual[name])
 
@@ -110,7 +111,8 @@ def search_row(folder: Path) -> List[str]:
     small_images = ' '.join(map(str, args.get('train_sizes') or ()))
     epochs = run.epochs
     if args['initial_checkpoint']:
-        epochs = f'{epochs} after {Path(args["initial_checkpoint"]).parents[1].name}'  # run/model/model.safetensors
+        *_, before = (part for part in Path(args['initial_checkpoint']).parent.parts if part != 'model')
+        epochs = f'{epochs} after {before}'
     return [
         f'[{folder.name}]({folder.name})', with_arguments(args['model'], arguments), width, args['holdout'], epochs,
         small_images, augmentation(args), with_arguments(args['opt'], args['opt_kwargs']), args['batch_size'], args['lr'],
