@@ -56,9 +56,10 @@ DEPARTURES = {
 # same kind.)
 PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
+CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two mean nothing without the first
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
-    'train_sizes', 'crop_padding', 'crop_off_epoch', 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
+    'train_sizes', *CROPS, 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
 CITATION = r"""@article{kang2025attention,
   title   = {Attention Via Convolutional Nearest Neighbors},
   author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},
@@ -356,7 +357,8 @@ def training(card: Card) -> str:
     elif args.get('pretrained'):
         on += f', from the pretrained weights of `{args["model"]}`'
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
-    keys = [key for key in SHOWN if key not in CYCLES or args['lr_cycle_limit'] > 1]
+    silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args.get('crop_padding') else CROPS)}
+    keys = [key for key in SHOWN if key not in silent]
     shown = {key: ' '.join(map(str, value)) if isinstance(value := args.get(key), list) else value for key in keys}
     rows = '\n'.join(f'| {key} | {value} |' for key, value in shown.items() if value not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))

@@ -94,7 +94,8 @@ RANGES = {
     '1 or more': (lambda x: x >= 1, (
         'batch_size', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'log_interval', 'recount', 'train_sizes',
         'validation_batch_size')),
-    '0 or more': (lambda x: x >= 0, ('crop_off_epoch', 'crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
+    '0 or more': (lambda x: x >= 0, (
+        'crop_off_epoch', 'crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
     'from 0 to 1': (lambda x: 0 <= x <= 1, (
         'hflip', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay', 'reprob', 'vflip')),
     '0 or more and less than 1': (lambda x: 0 <= x < 1, ('drop', 'drop_path', 'smoothing')),

@@ -222,6 +222,8 @@ def create_batches(
     batch_size = args.batch_size if train else args.validation_batch_size or args.batch_size
     augment = train and not args.no_aug
     crop_padding = args.crop_padding if augment else None
+    if crop_padding and args.crop_padding_mode == 'reflect' and crop_padding >= min(size[1:]):
+        raise UsageError(f'--crop-padding {crop_padding}: images of {size[1]}x{size[2]} cannot be mirrored so far')
     erase = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount) if augment else {}
     plain = create_transform(
         size,

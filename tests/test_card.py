@@ -388,6 +388,17 @@ def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
     assert '\n| train_sizes | 8 12 |\n' in (card / 'README.md').read_text()
 
 
+@pytest.mark.parametrize('crop_padding, rows', [
+    (2, '| crop_padding | 2 |\n| crop_padding_mode | reflect |\n| crop_off_epoch | 1 |\n'), (0, ''), (None, '')])
+def test_the_card_says_how_images_were_cropped(card, crop_padding, rows):
+    file = card / 'training' / 'args.yaml'
+    crops = dict(crop_padding=crop_padding, crop_padding_mode='reflect', crop_off_epoch=1)
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **crops}))
+    hub.write_card(card, NAME)
+    text = (card / 'README.md').read_text()
+    assert rows in text and text.count('| crop_') == rows.count('| crop_')
+
+
 def test_a_card_without_twin_recipe_classes_or_known_data(card):
     shutil.rmtree(card / 'training' / 'twin')
     shutil.rmtree(card / 'training' / 'seeds')

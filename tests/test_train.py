@@ -561,6 +561,12 @@ def test_crop_padding(flags, tmp_path, cache, mode):
     assert max(seen.values()) < 45  # 20 expected, standard deviation 4.4
 
 
+def test_an_image_is_mirrored_no_further_than_it_reaches(flags, tmp_path):
+    with pytest.raises(SystemExit, match='--crop-padding 16: images of 16x16 cannot be mirrored so far'):
+        main([*flags, '--crop-padding', '16', '--crop-padding-mode', 'reflect', '--output', str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 # Other images in some epochs
 
 @pytest.fixture
