@@ -1,24 +1,18 @@
 """The benchmark: its peer computes what the layer computes, memory is counted, wrong neighbours stop it."""
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from convnn_timm.layers import ConvNN2d
 
-SCRIPT = Path(__file__).parents[1] / 'train_scripts' / 'benchmark.py'
 CPU = torch.device('cpu')
 MIB = 2 ** 20
 
 
 @pytest.fixture(scope='module')
-def benchmark():
-    spec = importlib.util.spec_from_file_location('benchmark', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load_script):
+    return load_script('benchmark')
 
 
 @pytest.mark.parametrize('padding', [0, 1])

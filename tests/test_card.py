@@ -1,7 +1,6 @@
 """From a run to the folder of a published weight: what is in it, and that its card tells what the run recorded."""
 import csv
 import functools
-import importlib.util
 import json
 import re
 import shutil
@@ -437,11 +436,8 @@ def test_a_converted_network_is_published_with_its_own_licence_and_start(
 # The tables of results
 
 @pytest.fixture(scope='module')
-def results_table():
-    spec = importlib.util.spec_from_file_location('results_table', ROOT / 'train_scripts' / 'results_table.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def results_table(load_script):
+    return load_script('results_table')
 
 
 def test_tables_in_the_repository_are_what_the_command_writes(results_table):

@@ -1,6 +1,5 @@
 """The training that measures what the JPEG re-encoding costs, on a few images, and its committed output."""
 import argparse
-import importlib.util
 import re
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
-SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
+RESULTS = Path(__file__).parents[1] / 'train_scripts' / 'results'
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location('jpeg_cost', SCRIPTS / 'jpeg_cost.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script('jpeg_cost')
 
 
 @pytest.fixture
@@ -58,6 +54,6 @@ def test_crops_reach_every_corner(script):
 
 
 def test_the_committed_table_is_of_the_whole_data(script):
-    table = (SCRIPTS / 'results' / 'jpeg_cost.md').read_text()
+    table = (RESULTS / 'jpeg_cost.md').read_text()
     assert f'{script.EPOCHS} epochs on 50,000 images' in table and 'on all 10,000 test images' in table
     assert f'| {script.ORIGINAL:.2f} |' in table

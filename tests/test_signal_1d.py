@@ -1,20 +1,16 @@
 """The example in one dimension, for a few steps, and its committed output."""
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / 'train_scripts'
+RESULTS = Path(__file__).parents[1] / 'train_scripts' / 'results'
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location('signal_1d', SCRIPTS / 'signal_1d.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script('signal_1d')
 
 
 def test_a_few_steps_remove_noise(script, capsys):
@@ -28,6 +24,6 @@ def test_a_few_steps_remove_noise(script, capsys):
 
 
 def test_the_committed_table_is_of_these_networks(script):
-    table = (SCRIPTS / 'results' / 'signal_1d.md').read_text()
+    table = (RESULTS / 'signal_1d.md').read_text()
     for name, layer in script.LAYERS.items():
         assert f'| `{name}` | {sum(p.numel() for p in script.Denoiser(layer).parameters()):,} |' in table

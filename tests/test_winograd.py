@@ -1,5 +1,4 @@
 """Training with 3x3 convolutions by Winograd's algorithm: the same network as with torch's."""
-import importlib.util
 import json
 import os
 import shutil
@@ -22,10 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope='module')
-def winograd():
-    spec = importlib.util.spec_from_file_location('winograd', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def winograd(load_script):
+    module = load_script('winograd')
     direct = nn.Conv2d._conv_forward
     module.use_winograd()
     yield module
