@@ -102,7 +102,7 @@ def train(model: Net, images: torch.Tensor, classes: torch.Tensor, epochs: float
     """Train by SGD, the learning rate rising and falling in a line; each image is mirrored in every other epoch."""
     steps_per_epoch = len(images) // BATCH_SIZE
     steps = math.ceil(steps_per_epoch * epochs)
-    model.whiten(images[:5000])  # as there; but a folder's first images are all of one class
+    model.whiten(images[::max(1, len(images) // 5000)])  # there the first 5000, which in a folder are all of one class
     scale = 1024 * (1 + 1 / (1 - MOMENTUM))
     biases = [module.bias for module in model if isinstance(module, Norm)]
     others = [p for module in model if not isinstance(module, Norm) for p in module.parameters() if p.requires_grad]
