@@ -1,7 +1,7 @@
 """The command line: `convnn-timm COMMAND`, the same as `python -m convnn_timm COMMAND`.
 
 A command imports what it needs when it runs, so `convnn-timm --help` answers at once. What a user can get wrong raises
-`CommandError` and becomes one line; a traceback means a bug.
+`UserError` and becomes one line; a traceback means a bug.
 """
 import argparse
 import importlib
@@ -10,9 +10,10 @@ import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 from . import __version__
+from .errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ['main']
 
 
-class CommandError(Exception):
-    """A failure to report in one line; `code` is the exit status, 2 for a wrong call, 1 for everything else."""
+class CommandError(UserError):
+    """A command cannot do what it was asked for."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
@@ -54,7 +55,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             return train(argv[1:])
         args = build_parser().parse_args(argv)
         return args.command(args) or 0
-    except CommandError as error:
+    except UserError as error:
         report(str(error))
         return error.code
     except KeyboardInterrupt:
@@ -229,11 +230,8 @@ def train(argv: List[str]) -> int:
 
 
 def quickstart(args: argparse.Namespace) -> None:
-    from convnn_timm.quickstart import QuickstartError, quickstart
-    try:
-        quickstart(Path(args.output))
-    except QuickstartError as error:
-        raise CommandError(str(error)) from error
+    from convnn_timm.quickstart import quickstart
+    quickstart(Path(args.output))
 
 
 def list_models(args: argparse.Namespace) -> None:
@@ -275,16 +273,6 @@ def info(args: argparse.Namespace) -> None:
         print(f'{op:<16} {path:<12} {"yes" if usable else "no":<7} {reason}')
 
 
-@contextmanager
-def errors_of_weights() -> Iterator[None]:
-    from convnn_timm.models._weights import WeightsError
-    try:
-        yield
-    except WeightsError as error:
-        raise CommandError(str(error)) from error
-
-
-@errors_of_weights()
 def export(args: argparse.Namespace) -> None:
     from convnn_timm import hub
     from convnn_timm.models import _weights
@@ -314,7 +302,6 @@ def push(args: argparse.Namespace) -> int:
     return status
 
 
-@errors_of_weights()
 def verify(args: argparse.Namespace) -> int:
     from convnn_timm import hub
     status = 0
@@ -329,7 +316,6 @@ def verify(args: argparse.Namespace) -> int:
     return status
 
 
-@errors_of_weights()
 def pull(args: argparse.Namespace) -> None:
     from convnn_timm import hub
     for weight in args.weights:
@@ -344,6 +330,7 @@ def run(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> int:
     import torch
     from timm.data import create_transform, resolve_data_config
+    from convnn_timm.images import ImageError, image_mode, read_image
 
     if args.topk < 1:
         raise CommandError(f'--topk must be 1 or more, got {args.topk}', code=2)
@@ -351,13 +338,13 @@ def predict(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.checkpoint).eval().to(device)
     name_of = class_names(model)
     config = resolve_data_config({}, model=model)
-    transform, mode = create_transform(**config, is_training=False), image_mode(config)
+    transform, mode = create_transform(**config, is_training=False), image_mode(config['input_size'][0])
 
     status = 0
     for path in find_images(args.images):
         try:
             image = transform(read_image(path, mode))
-        except CommandError as error:
+        except ImageError as error:
             report(str(error))
             status = error.code
             continue
@@ -370,6 +357,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def neighbors(args: argparse.Namespace) -> None:
+    from convnn_timm.images import read_image
     from convnn_timm.visualize import capture_neighbors, draw_neighbors, neighbor_layers, see
 
     if not args.output.suffix:  # matplotlib would add one
@@ -390,6 +378,7 @@ def neighbors(args: argparse.Namespace) -> None:
 
 def stats(args: argparse.Namespace) -> int:
     import torch
+    from convnn_timm.images import ImageError, read_image
     from convnn_timm.visualize import draw_stats, neighbor_stats, write_csv
 
     if args.limit < 1:
@@ -404,7 +393,7 @@ def stats(args: argparse.Namespace) -> int:
     for path in paths:
         try:
             pixels.append(transform(read_image(path, mode)))
-        except CommandError as error:
+        except ImageError as error:
             report(str(error))
             status = error.code
     if not pixels:
@@ -430,6 +419,7 @@ def export_onnx(args: argparse.Namespace) -> int:
     import torch
     from timm.data import create_transform, resolve_data_config
     from convnn_timm import onnx_export
+    from convnn_timm.images import image_mode
 
     opset = args.opset or onnx_export.OPSET
     newest = onnx_module('onnx').defs.onnx_opset_version()
@@ -444,7 +434,7 @@ def export_onnx(args: argparse.Namespace) -> int:
     with wrong_values():
         model = load_or_draw_model(args.model).eval()
         config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
-        transform, mode = create_transform(**config, is_training=False), image_mode(config)
+        transform, mode = create_transform(**config, is_training=False), image_mode(config['input_size'][0])
         photos = {name: transform(photo) for name, photo in check_photos(args.check, mode)} if runtime else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         onnx_export.export_onnx(
@@ -487,6 +477,7 @@ def onnx_module(name: str, required: bool = True) -> Optional[ModuleType]:
 def check_photos(paths: Optional[List[str]], mode: str) -> Iterator[Tuple[str, 'Image.Image']]:
     """Photographs to compare on: those of the user, or scikit-learn's."""
     if paths:
+        from convnn_timm.images import read_image
         for path in find_images(paths):
             yield str(path), read_image(path, mode)
     else:
@@ -513,6 +504,7 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
     """
     import timm
     from timm.data import create_transform, resolve_data_config
+    from convnn_timm.images import image_mode
     from convnn_timm.visualize import neighbor_layers
 
     if timm.is_model(name):
@@ -521,7 +513,7 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
     model = load_or_draw_model(name)
     neighbor_layers(model)
     config = resolve_data_config({}, model=model)
-    return model.eval().to(device), create_transform(**config, is_training=False), image_mode(config)
+    return model.eval().to(device), create_transform(**config, is_training=False), image_mode(config['input_size'][0])
 
 
 def load_or_draw_model(name: str) -> 'nn.Module':
@@ -596,6 +588,8 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
         kwargs = checkpoint_kwargs(name, checkpoint)
     try:
         return timm.create_model(name, pretrained=True, **kwargs)
+    except WeightsError:
+        raise
     except Exception as error:
         if 'No pretrained weights exist' in str(error):
             raise CommandError(
@@ -605,8 +599,6 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
             raise CommandError(
                 f'{checkpoint} does not fit {name}: {one_line(error)} If the model was trained with other arguments, '
                 'use the model/ folder of its run: --model local-dir:RUN/model') from error
-        if isinstance(error, WeightsError):
-            raise CommandError(str(error)) from error
         if source == 'hf-hub' and isinstance(error, HUB_FAILURES):
             raise CommandError(explain(error, *split_revision(model_id))) from error
         raise CommandError(f'cannot load {name}: {one_line(error)}') from error
@@ -653,26 +645,6 @@ def find_images(paths: List[str]) -> Iterator[Path]:
             yield from images or [path]  # an empty folder is reported where it is read
         else:
             yield path
-
-
-def image_mode(config: Dict[str, Any]) -> str:
-    from . import images
-
-    try:
-        return images.image_mode(config['input_size'][0])
-    except images.ImageError as error:
-        raise CommandError(str(error)) from error
-
-
-def read_image(path: Path, mode: str = 'RGB') -> 'Image.Image':
-    from . import images
-
-    if path.is_dir():
-        raise CommandError(f'{path}: no images in this folder')
-    try:
-        return images.read_image(path, mode)
-    except images.ImageError as error:
-        raise CommandError(str(error)) from error
 
 
 def one_line(error: BaseException) -> str:

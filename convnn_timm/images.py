@@ -5,10 +5,12 @@ from typing import IO, Union
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import UserError
+
 __all__ = ['ImageError', 'image_mode', 'read_image']
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A file that cannot be read as an image; the message names it."""
 
     def __init__(self, message: str):
@@ -39,6 +41,8 @@ def read_image(file: Union[str, Path, IO[bytes]], mode: str = 'RGB') -> Image.Im
         image.load()
     except FileNotFoundError as error:
         raise ImageError(f'{path}: not found') from error
+    except IsADirectoryError as error:
+        raise ImageError(f'{path}: no images in this folder') from error
     except UnidentifiedImageError as error:
         raise ImageError(f'{path}: not an image') from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, List, NamedTuple, Sequence, Tuple
 
+from .errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,7 +38,7 @@ PHOTOGRAPHS = {
 NOTE = 'Made by `convnn-timm quickstart`. Nothing else depends on this folder: delete it when you like.\n'
 
 
-class QuickstartError(Exception):
+class QuickstartError(UserError):
     """The quickstart cannot go on, or ended below its goal; the message says what to do."""
 
 

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .conversion import convert
-from .images import ImageError
+from .errors import UserError
 from .macs import count_macs
 from .models._common import unknown_model
 from .train_args import UsageError, build_parser, find_recipe, parse_args
@@ -513,7 +513,7 @@ def main(argv: Optional[Sequence[str]] = None, command: str = 'convnn-timm train
             return train(args, [*command.split(), *argv])
         finally:
             signal.signal(signal.SIGTERM, before)  # the caller's again
-    except (UsageError, ImageError) as error:  # an image may be read in the middle of an epoch
+    except UserError as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
     except KeyboardInterrupt:
         if args and not args.evaluate and (record := run_folder(args) / 'args.yaml').is_file():

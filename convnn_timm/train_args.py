@@ -10,6 +10,8 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
+from .errors import UserError
+
 __all__ = ['UsageError', 'build_parser', 'find_recipe', 'parse_args', 'recipe_names']
 
 EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
@@ -105,7 +107,7 @@ RANGES = {
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
 
 
-class UsageError(Exception):
+class UsageError(UserError):
     """Arguments, files or data that do not fit together; the message says what to do."""
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from convnn_timm import __version__, cli
+from convnn_timm.images import ImageError, read_image
 
 NAMES = ['ant', 'bee', 'cat']
 
@@ -175,13 +176,13 @@ def test_images_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[:3]).save(tmp_path / 'lying.png', exif=exif)
-    assert cli.read_image(tmp_path / 'lying.png').size == (3, 4)
+    assert read_image(tmp_path / 'lying.png').size == (3, 4)
 
 
 def test_numbers_of_unknown_range_are_refused(tmp_path):
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / 'float.tiff')
-    with pytest.raises(cli.CommandError, match='float.tiff: its pixels have 32 bits, of unknown range'):
-        cli.read_image(tmp_path / 'float.tiff')
+    with pytest.raises(ImageError, match='float.tiff: its pixels have 32 bits, of unknown range'):
+        read_image(tmp_path / 'float.tiff')
 
 
 def test_linked_folders_are_read(tmp_path, photo):
@@ -196,7 +197,7 @@ def test_linked_folders_are_read(tmp_path, photo):
 def test_16_bits_are_scaled(tmp_path):
     path = tmp_path / 'deep.png'
     Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16)).save(path)
-    assert np.array(cli.read_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.array(read_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_predict_goes_on_after_a_bad_image(capsys, model_folder, photo, tmp_path):

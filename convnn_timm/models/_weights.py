@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from timm.models import resolve_pretrained_cfg
 
+from convnn_timm.errors import UserError
+
 __all__ = [
     'FORMATS', 'HUB_FAILURES', 'TRANSFER_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain',
     'find_entry', 'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg',
@@ -46,7 +48,7 @@ HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
 TRANSFER_FAILURES = (*HUB_FAILURES, RuntimeError, ValueError)
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """Weights cannot be found, fetched or trusted; the message says what to do."""
 
 
