@@ -49,6 +49,7 @@ DEPARTURES = {
     ('neighbor_init', 'zero'):
         'the weights of the neighbours start at zero, those of the positions themselves at random',
     ('branch_norm', True): 'the outputs of both branches are normalised before they are mixed',
+    ('branch_mix', False): 'the branches stand side by side, no 1x1 convolution mixes them',
     ('pointwise_init', 'identity'): 'the 1x1 convolution that mixes the branches starts as the identity',
     ('pointwise_init', 'zero'): "the 1x1 convolution that mixes the branches starts without ConvNN's outputs",
 }

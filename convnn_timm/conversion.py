@@ -84,7 +84,7 @@ def convert(
             similarity they are others than the convolution's, and its taps become the weights of their ranks: that of
             the window's centre the weight of the position itself, the others in order of their distance from it; the
             network has to be trained on. A branching layer divides the outputs between its branches, and its 1x1
-            convolution starts as the identity (for groups, a permutation): the convolution's share stays.
+            convolution, if any, starts as the identity (for groups, a permutation): the convolution's share stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:
@@ -209,6 +209,8 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
         count = conv.out_channels // conv.groups
         return f'its groups have {count} output{"s"[:count - 1]} each, which branch_ratio does not divide between ' \
             f"the branches: choose another one, or layer='convnn'"
+    if conv.groups > 1 and init == 'conv' and not layer_args.get('branch_mix', True):
+        return "without branch_mix its groups' outputs would change places: choose init='random'"
     try:
         _create_layer(conv, layer, init, layer_args, 'meta')
     except ValueError as error:
@@ -287,6 +289,8 @@ def _start_as(conv: nn.Conv2d, new: nn.Module) -> None:
     for branch, part in zip((new.branch1, new.branch2), parts):
         if branch is not None:
             _copy(conv, branch, part)
+    if new.pointwise_conv is None:
+        return
     new.pointwise_conv.weight.zero_()[torch.cat(parts), outputs] = 1
     if new.pointwise_conv.bias is not None:
         new.pointwise_conv.bias.zero_()

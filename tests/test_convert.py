@@ -140,6 +140,18 @@ def test_outputs_of_groups_return_to_their_places():
     assert mix.argmax(dim=1).tolist() == [0, 1, 4, 5, 2, 3, 6, 7] and mix.sum() == 8
 
 
+def test_without_a_mixture_only_outputs_of_one_group_keep_their_places():
+    conv = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, dtype=torch.float64))
+    converted = copy.deepcopy(conv)
+    convert(converted, branch_mix=False, **BY_LOCATION)
+    assert converted[0].pointwise_conv is None
+    assert_same_function(converted, conv, torch.randn(2, 4, 9, 7, dtype=torch.float64))
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2))
+    with pytest.raises(ValueError, match="without branch_mix its groups' outputs would change places"):
+        convert(grouped, branch_mix=False)
+    convert(grouped, branch_mix=False, init='random')
+
+
 # By similarity: which tap each rank starts with
 
 @pytest.mark.parametrize('kwargs, taps', [

@@ -864,6 +864,17 @@ def test_branching_can_start_as_its_branches_side_by_side(layer, bias):
     assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
 
 
+@pytest.mark.parametrize('layer', [Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d])
+def test_branching_can_leave_its_branches_side_by_side(layer):
+    layer = layer(3, 8, K=4, branch_ratio=0.25, branch_mix=False, pointwise_init='identity', dtype=torch.float64).eval()
+    x = example(layer)
+    assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
+    assert {name.split('.')[0] for name in layer.state_dict()} == {'branch1', 'branch2'}
+    layer.reset_parameters()
+    assert 'branch_mix=False' in str(layer) and 'pointwise' not in layer.extra_repr()
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
 @pytest.mark.parametrize('layer_type', [Branching1d, BranchingAttention2d])
 def test_branching_starts_anew(layer_type):
     layer = layer_type(3, 8, K=4, branch_norm=True, pointwise_init='identity', dtype=torch.float64).eval()

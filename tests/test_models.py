@@ -58,7 +58,7 @@ def test_every_layer_argument_is_a_keyword_of_every_model(name):
         K=4, kernel_size=5, padding=2, dilation=2, groups=1, sampling_type='random', num_samples=16, sample_padding=1,
         shuffle_pattern='BA', shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col',
         aggregation_type='Loc_Col', lambda_param=0.3, neighbor_init='zero', branch_ratio=0.25, branch_norm=True,
-        pointwise_init='zero', attention_dropout=0.2, bias=True)
+        branch_mix=False, pointwise_init='zero', attention_dropout=0.2, bias=True)
     assert set(arguments) == set(layer_arguments())
     with torch.device('meta'):
         model = timm.create_model(name, **arguments, num_classes=10, input_noise=0.1, device='meta')

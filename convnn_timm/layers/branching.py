@@ -1,4 +1,4 @@
-"""Branching: a convolution and ConvNN side by side, mixed by a 1x1 convolution."""
+"""Branching: a convolution and ConvNN side by side, mixed by a 1x1 convolution if wanted."""
 import warnings
 from typing import Any, Dict, Type
 
@@ -16,7 +16,7 @@ __all__ = ['Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAtten
 
 class _Hybrid(nn.Module):
     """Both branches see the whole input: `int(out_channels * branch_ratio)` outputs come from the neighbour layer
-    (`branch1`), the rest from a convolution (`branch2`); a 1x1 convolution (`pointwise_conv`) mixes them.
+    (`branch1`), the rest from a convolution (`branch2`); a 1x1 convolution (`pointwise_conv`, if any) mixes them.
     """
     neighbor_layer: Type[NeighborLayer]
 
@@ -28,6 +28,7 @@ class _Hybrid(nn.Module):
             stride: int,
             branch_ratio: float,
             branch_norm: bool,
+            branch_mix: bool,
             pointwise_init: str,
             bias: bool,
             dd: Dict[str, Any],
@@ -74,7 +75,7 @@ class _Hybrid(nn.Module):
                 in_channels, conv_channels, kernel_size, stride=stride, padding=dilation * (kernel_size // 2),
                 dilation=dilation, groups=groups, bias=bias, **dd)
         self.branch_norm = norm(out_channels, **dd) if branch_norm else None
-        self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd)
+        self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd) if branch_mix else None
         self.init_pointwise()
 
     def reset_parameters(self) -> None:
@@ -87,6 +88,8 @@ class _Hybrid(nn.Module):
     @torch.no_grad()
     def init_pointwise(self) -> None:
         """Start the 1x1 convolution as `pointwise_init` asks; what starts random stays as it is."""
+        if self.pointwise_conv is None:
+            return
         weight = self.pointwise_conv.weight
         if self.pointwise_init == 'identity':
             weight.copy_(torch.eye(len(weight), device=weight.device).view_as(weight))
@@ -113,7 +116,7 @@ class _Hybrid(nn.Module):
             x = torch.cat([x1, x2], dim=1)
         if self.branch_norm is not None:
             x = self.branch_norm(x)
-        return self.pointwise_conv(x)
+        return x if self.pointwise_conv is None else self.pointwise_conv(x)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
         """The neighbours that `branch1` chooses."""
@@ -123,7 +126,8 @@ class _Hybrid(nn.Module):
         return self.branch1.neighbors(x)
 
     def extra_repr(self) -> str:
-        return f'branch_ratio={self.branch_ratio}, pointwise_init={self.pointwise_init}'
+        mixture = 'branch_mix=False' if self.pointwise_conv is None else f'pointwise_init={self.pointwise_init}'
+        return f'branch_ratio={self.branch_ratio}, {mixture}'
 
 
 _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convolution.
@@ -138,6 +142,8 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         stride: Stride of both branches.
         branch_ratio: Share of the outputs that come from {layer}, in [0, 1].
         branch_norm: Normalise both branches' outputs over the batch before they are mixed. (Not in the paper.)
+        branch_mix: Mix both branches' outputs by the 1x1 convolution. If not, they stand side by side, for the next
+            layer to mix. (Always in the paper.)
         pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as
             they are; 'zero', random without {layer}'s outputs, which it learns to use.
         bias: Learn biases in both branches and the 1x1 convolution.
@@ -172,13 +178,15 @@ class _Branching(_Hybrid):
             neighbor_init: str = 'random',
             branch_ratio: float = 0.5,
             branch_norm: bool = False,
+            branch_mix: bool = True,
             pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, pointwise_init, bias,
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, branch_mix, pointwise_init,
+            bias,
             {'device': device, 'dtype': dtype},
             K=K, padding=padding, dilation=dilation, groups=groups, sampling_type=sampling_type,
             num_samples=num_samples, sample_padding=sample_padding, shuffle_pattern=shuffle_pattern,
@@ -216,13 +224,15 @@ class _BranchingAttention(_Hybrid):
             attention_dropout: float = 0.1,
             branch_ratio: float = 0.5,
             branch_norm: bool = False,
+            branch_mix: bool = True,
             pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, pointwise_init, bias,
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, branch_mix, pointwise_init,
+            bias,
             {'device': device, 'dtype': dtype},
             K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
             shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
