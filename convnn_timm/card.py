@@ -60,7 +60,7 @@ CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule
 CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two mean nothing without the first
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
-    'train_sizes', *CROPS, 'hflip', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
+    'train_sizes', *CROPS, 'hflip', 'hflip_mode', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
 CITATION = r"""@article{kang2025attention,
   title   = {Attention Via Convolutional Nearest Neighbors},
   author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},

@@ -45,8 +45,8 @@ ARGUMENTS = {
         decay_milestones=[90, 180, 270], decay_epochs=90., decay_rate=0.1),
     'augmentation and regularization': dict(
         no_aug=False, crop_padding=int, crop_padding_mode='constant', crop_off_epoch=0, train_sizes=[int],
-        train_crop_mode=str, scale=[0.08, 1.], ratio=[3. / 4., 4. / 3.], hflip=0.5, vflip=0., color_jitter=0.4,
-        aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1, mixup=0., cutmix=0., mixup_prob=1.,
+        train_crop_mode=str, scale=[0.08, 1.], ratio=[3. / 4., 4. / 3.], hflip=0.5, hflip_mode='random', vflip=0.,
+        color_jitter=0.4, aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1, mixup=0., cutmix=0., mixup_prob=1.,
         mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1),
     'moving average of the weights': dict(model_ema=False, model_ema_decay=0.9998, model_ema_warmup=False),
     'run': dict(
@@ -75,6 +75,7 @@ HELP = dict(
                  '--train-crop-mode, --scale and --ratio',
     crop_padding_mode='what those pixels are: black, or the image mirrored at its edges',
     crop_off_epoch='turn that crop off after this many epochs, so that the last ones see whole images; 0 never',
+    hflip_mode='flip at random, or each image in every other epoch',
     train_sizes='side in pixels that the training images are shrunk to in the first epochs, one number for each; the '
                 'epochs after them see the input size',
     model_ema='the average is what is evaluated and saved',
@@ -91,7 +92,7 @@ CHOICES = dict(
     interpolation=INTERPOLATIONS, amp_dtype=('float16', 'bfloat16'), clip_mode=('norm', 'value', 'agc'),
     lr_base_scale=('linear', 'sqrt'), train_crop_mode=('rrc', 'rkrc', 'rkrr'),
     train_interpolation=(*INTERPOLATIONS, 'random'), remode=('pixel', 'rand', 'const'),
-    crop_padding_mode=('constant', 'reflect'), mixup_mode=('batch', 'pair', 'elem'))
+    crop_padding_mode=('constant', 'reflect'), hflip_mode=('random', 'alternate'), mixup_mode=('batch', 'pair', 'elem'))
 RANGES = {
     '1 or more': (lambda x: x >= 1, (
         'batch_size', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'log_interval', 'recount', 'train_sizes',

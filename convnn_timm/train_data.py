@@ -132,6 +132,7 @@ class MemoryBatches:
         crop_padding: Width in pixels of the border that a crop may reach into.
         crop_padding_mode: ``constant``, a black border, or ``reflect``, the image mirrored at its edge.
         hflip: Probability of a horizontal flip.
+        hflip_mode: ``random``, or ``alternate``, with which no two epochs in a row flip the same half of the images.
         vflip: Probability of a vertical flip.
     """
 
@@ -144,13 +145,15 @@ class MemoryBatches:
             crop_padding: int = 0,
             crop_padding_mode: str = 'constant',
             hflip: float = 0.,
+            hflip_mode: str = 'random',
             vflip: float = 0.,
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
     ):
         self.images, self.targets, self.batch_size, self.train = images, targets, batch_size, train
-        self.crop_padding, self.crop_padding_mode, self.flips = crop_padding, crop_padding_mode, (hflip, vflip)
+        self.crop_padding, self.crop_padding_mode = crop_padding, crop_padding_mode
+        self.flips, self.hflip_mode = (hflip, vflip), hflip_mode
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,7 +172,11 @@ class MemoryBatches:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(count, generator=generator)[:len(self) * self.batch_size * self.world_size]
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator).to(device)
-        chance = torch.rand(count, 2, generator=generator).to(device)
+        chance = torch.rand(count, 2, generator=generator)
+        if self.hflip_mode == 'alternate':  # always the same, and half a turn on in every other epoch
+            first = torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
+            chance[:, 0] = (first + self.epoch % 2 / 2) % 1
+        chance = chance.to(device)
         for i in order[self.rank::self.world_size].to(device).split(self.batch_size):
             yield self._augment(self.images[i], corner[i], chance[i]), self.targets[i]
 
@@ -245,6 +252,7 @@ def create_batches(
             crop_padding=crop_padding or 0,
             crop_padding_mode=args.crop_padding_mode,
             hflip=args.hflip if augment else 0.,
+            hflip_mode=args.hflip_mode,
             vflip=args.vflip if augment else 0.,
             seed=args.seed,
             rank=rank,
@@ -252,6 +260,10 @@ def create_batches(
         )
         return PrefetchLoader(batches, channels=size[0], **normalize, **erase)
 
+    if augment and args.hflip_mode == 'alternate':
+        raise UsageError(
+            '--hflip-mode alternate needs the training images in memory: with --cache, with --crop-padding (0 for no '
+            f'crops), without --aa and --color-jitter, and less than {MEMORY_LIMIT >> 30} GB of them')
     loader = create_loader(
         part,
         size,

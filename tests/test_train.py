@@ -561,6 +561,29 @@ def test_crop_padding(flags, tmp_path, cache, mode):
     assert max(seen.values()) < 45  # 20 expected, standard deviation 4.4
 
 
+def test_images_are_flipped_in_every_other_epoch():
+    images = torch.rand(400, 1, 1, 2).mul(255).byte()
+    batches = MemoryBatches(images, torch.arange(400), 100, train=True, hflip=0.5, hflip_mode='alternate', seed=1)
+    flipped = []
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        flips = torch.empty(400, dtype=torch.bool)
+        for x, which in batches:
+            flips[which] = (x == images[which].flip(3)).flatten(1).all(1)
+        flipped.append(flips)
+    different = images[:, 0, 0, 0] != images[:, 0, 0, 1]
+    first, *others = [flips[different] for flips in flipped]
+    assert 0.4 < first.float().mean() < 0.6
+    assert torch.equal(others[0], ~first) and torch.equal(others[1], first) and torch.equal(others[2], ~first)
+
+
+@pytest.mark.parametrize('other', [['--no-cache'], ['--color-jitter', '0.4']])
+def test_images_that_are_not_in_memory_cannot_take_turns(flags, tmp_path, other):
+    with pytest.raises(SystemExit, match='--hflip-mode alternate needs the training images in memory: with --cache'):
+        main([*flags, '--hflip-mode', 'alternate', *other, '--output', str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_image_is_mirrored_no_further_than_it_reaches(flags, tmp_path):
     with pytest.raises(SystemExit, match='--crop-padding 16: images of 16x16 cannot be mirrored so far'):
         main([*flags, '--crop-padding', '16', '--crop-padding-mode', 'reflect', '--output', str(tmp_path)])
