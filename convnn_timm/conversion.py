@@ -209,7 +209,8 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
         count = conv.out_channels // conv.groups
         return f'its groups have {count} output{"s"[:count - 1]} each, which branch_ratio does not divide between ' \
             f"the branches: choose another one, or layer='convnn'"
-    if conv.groups > 1 and init == 'conv' and not layer_args.get('branch_mix', True):
+    mixed = layer != 'convnn_branching' or layer_args.get('branch_mix', True)
+    if conv.groups > 1 and init == 'conv' and not mixed:
         return "without branch_mix its groups' outputs would change places: choose init='random'"
     try:
         _create_layer(conv, layer, init, layer_args, 'meta')

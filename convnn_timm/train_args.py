@@ -46,8 +46,8 @@ ARGUMENTS = {
     'augmentation and regularization': dict(
         no_aug=False, crop_padding=int, crop_padding_mode='constant', crop_off_epoch=0, train_sizes=[int],
         train_crop_mode=str, scale=[0.08, 1.], ratio=[3. / 4., 4. / 3.], hflip=0.5, hflip_mode='random', vflip=0.,
-        color_jitter=0.4, aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1, mixup=0., cutmix=0., mixup_prob=1.,
-        mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1),
+        color_jitter=0.4, aa=str, train_interpolation='random', reprob=0., remode='pixel', recount=1, mixup=0.,
+        cutmix=0., mixup_prob=1., mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0, smoothing=0.1),
     'moving average of the weights': dict(model_ema=False, model_ema_decay=0.9998, model_ema_warmup=False),
     'run': dict(
         seed=42, output='output', experiment='', resume='', checkpoint_hist=10, log_interval=50),

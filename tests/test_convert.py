@@ -149,6 +149,7 @@ def test_without_a_mixture_only_outputs_of_one_group_keep_their_places():
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2))
     with pytest.raises(ValueError, match="without branch_mix its groups' outputs would change places"):
         convert(grouped, branch_mix=False)
+    convert(copy.deepcopy(grouped), 'convnn', branch_mix=False)  # which has no branches
     convert(grouped, branch_mix=False, init='random')
 
 
