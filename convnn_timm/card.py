@@ -265,6 +265,8 @@ def form(card: Card) -> str:
     if card.layer not in LAYER_TYPES:
         return 'as the arguments say'
     parameters, given = inspect.signature(LAYER_TYPES[card.layer]).parameters, card.layer_args
+    if not given.get('branch_mix', True):  # then there is nothing that it would start
+        given = {name: value for name, value in given.items() if name != 'pointwise_init'}
     changes = []
     for name, value in given.items():
         if text := DEPARTURES.get((name, value)):

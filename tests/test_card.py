@@ -359,6 +359,8 @@ def test_the_card_says_how_far_seeds_differ(card):
         sampling_type='random', num_samples=64, branch_norm=True, pointwise_init='identity', K=5, global_pool='avg'),
      'except that neighbours are searched among 64 random positions; the outputs of both branches are normalised '
      'before they are mixed; the 1x1 convolution that mixes the branches starts as the identity; `K` is 5, not 9\n'),
+    ('resnet18_convnn_branching', dict(branch_mix=False, pointwise_init='identity'),
+     'except that the branches stand side by side, no 1x1 convolution mixes them\n'),
     ('resnet18_conv2d', dict(sampling_type='random'), 'convolutions of PyTorch, for which'),
     ('convnn_converted', dict(base='test_resnet', convert=dict(branch_ratio=0.25)), 'as the arguments say\n')])
 def test_the_card_says_in_which_form_the_layers_are(card, architecture, model_args, text):
