@@ -34,7 +34,9 @@ def test_a_few_epochs_tell_colours_apart(script, data, monkeypatch, capsys):
     args = dict(data_dir=str(data), dataset='', dataset_download=False, epochs=2.5, seed=0, device='cpu')
     row = script.main(argparse.Namespace(**args))[-1]
     assert row.startswith('| the folder | ') and all(float(value) > 90 for value in re.findall(r'\d+\.\d+', row)), row
-    assert '120 images, seed 0, evaluated once, on all 30 test images' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert '120 images, seed 0, evaluated once, on all 30 test images' in printed
+    assert '- commit: ' in printed and '- cpu: ' in printed
 
 
 def test_the_stem_whitens_patches(script):

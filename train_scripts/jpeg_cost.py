@@ -8,6 +8,7 @@ About 17 minutes of two cores with bfloat16. The training is airbench94, with it
 """
 import argparse
 import math
+import sys
 from typing import List, Tuple
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.transforms.functional import pil_to_tensor
+
+from convnn_timm.train_folder import environment
 
 ORIGINAL = 94.01  # top-1 in percent on the original images: the mean of 1000 runs, in the repository's README
 
@@ -152,15 +155,16 @@ def evaluate(model: Net, images: torch.Tensor, classes: torch.Tensor) -> List[fl
 
 def main(args: argparse.Namespace) -> List[str]:
     """Train and evaluate; print a table in Markdown and return its lines."""
+    facts = environment(args, ['python', 'train_scripts/jpeg_cost.py', *sys.argv[1:]])
     train_set, test_set = load_images(args, 'train'), load_images(args, 'validation')
     torch.manual_seed(args.seed)
     model = Net().to(args.device, memory_format=torch.channels_last)
     train(model, *train_set, args.epochs)
     plain, averaged = evaluate(model, *test_set)
     lines = [
-        '# What the JPEG re-encoding costs', '',
-        f'Printed by `python train_scripts/jpeg_cost.py --data-dir DIR`: airbench94, {args.epochs} epochs on '
-        f'{len(train_set[0]):,} images, seed {args.seed}, evaluated once, on all {len(test_set[0]):,} test images.', '',
+        '# What the JPEG re-encoding costs', '', *[f'- {name}: {value}' for name, value in facts.items()], '',
+        f'Airbench94, {args.epochs} epochs on {len(train_set[0]):,} images, seed {args.seed}, evaluated once, '
+        f'on all {len(test_set[0]):,} test images.', '',
         '| images | top-1, six views averaged | top-1 |', '|---|---|---|',
         f'| original, by its author, mean of 1000 runs | {ORIGINAL:.2f} | |',
         f'| {args.dataset or "the folder"} | {averaged:.2f} | {plain:.2f} |']
