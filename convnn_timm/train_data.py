@@ -263,7 +263,8 @@ def create_batches(
     if augment and args.hflip_mode == 'alternate':
         raise UsageError(
             '--hflip-mode alternate needs the training images in memory: with --cache, with --crop-padding (0 for no '
-            f'crops), without --aa and --color-jitter, and less than {MEMORY_LIMIT >> 30} GB of them')
+            f'crops), without --aa and --color-jitter, and less than {MEMORY_LIMIT >> 30} GB of them. Else choose '
+            '--hflip-mode random')
     loader = create_loader(
         part,
         size,

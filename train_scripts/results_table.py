@@ -98,8 +98,8 @@ def precision(args: Dict) -> str:
 
 def augmentation(args: Dict) -> str:
     usual = {
-        'crop_padding': 4, 'crop_padding_mode': 'constant', 'crop_off_epoch': 0, 'reprob': 0, 'mixup': 0, 'cutmix': 0,
-        'mixup_prob': 1}
+        'crop_padding': 4, 'crop_padding_mode': 'constant', 'crop_off_epoch': 0, 'hflip_mode': 'random', 'reprob': 0,
+        'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
     given = {name: args.get(name, value) for name, value in usual.items()}
     return ' '.join(f'{name}={value}' for name, value in given.items() if value != usual[name])
 
