@@ -21,6 +21,7 @@ from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs, count_parameters
 from .models._weights import WeightsError, namespace
+from .train_args import defaults
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
@@ -89,7 +90,7 @@ class Record:
     def __init__(self, folder: Path):
         later = sorted(folder.glob('environment-*.json'), key=lambda file: int(file.stem.partition('-')[2]))
         files = [folder / 'environment.json', *later]
-        self.args = yaml.safe_load((folder / 'args.yaml').read_text())
+        self.args = {**defaults(), **yaml.safe_load((folder / 'args.yaml').read_text())}
         self.summary = read_summary(folder)
         self.environments = [json.loads(file.read_text()) for file in files]
 
@@ -355,14 +356,14 @@ def training(card: Card) -> str:
         changed = [
             f'`{key}: {args[key]}`' for key, value in card.recipe.items() if args.get(key, value) != value]
         on += f', by training/recipe.yaml {"with " + ", ".join(changed) if changed else "unchanged"}'
-    if args.get('initial_checkpoint'):
+    if args['initial_checkpoint']:
         on += f', from the weights in `{Path(args["initial_checkpoint"]).name}`'
-    elif args.get('pretrained'):
+    elif args['pretrained']:
         on += f', from the pretrained weights of `{args["model"]}`'
     unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
-    silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args.get('crop_padding') else CROPS)}
+    silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args['crop_padding'] else CROPS)}
     keys = [key for key in SHOWN if key not in silent]
-    shown = {key: ' '.join(map(str, value)) if isinstance(value := args.get(key), list) else value for key in keys}
+    shown = {key: ' '.join(map(str, value)) if isinstance(value := args[key], list) else value for key in keys}
     rows = '\n'.join(f'| {key} | {value} |' for key, value in shown.items() if value not in unused)
     versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
     commits = dict.fromkeys(
@@ -448,7 +449,7 @@ The machine of the twin: {twin.machine}."""
 
 
 def comparison_row(record: Record) -> str:
-    args = {'convert': {}, **record.args}
+    args = record.args
     kwargs = dict(args['model_kwargs'])
     if args['input_size']:
         kwargs['in_chans'] = args['input_size'][0]

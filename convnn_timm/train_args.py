@@ -12,7 +12,7 @@ from timm.utils import ParseKwargs
 
 from .errors import UserError
 
-__all__ = ['UsageError', 'build_parser', 'find_recipe', 'parse_args', 'recipe_names']
+__all__ = ['UsageError', 'build_parser', 'defaults', 'find_recipe', 'parse_args', 'recipe_names']
 
 EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
 
@@ -147,6 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
                 options['const'] = 'inductor'
             group.add_argument(*filter(None, [SHORT.get(name)]), '--' + name.replace('_', '-'), **options)
     return parser
+
+
+def defaults() -> Dict[str, Any]:
+    """Every argument as it is by default: so were, in a run, those that its trainer did not know yet."""
+    return vars(build_parser().parse_args([]))
 
 
 def recipe_names() -> List[str]:

@@ -17,7 +17,7 @@ from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .macs import count_macs, count_parameters
-from .train_args import UsageError, build_parser
+from .train_args import UsageError, defaults
 
 __all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder']
 
@@ -78,10 +78,9 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     saved = utils.load_checkpoint_metadata(checkpoint)
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
-    # As in args.yaml, where a tuple is a list. What an older run does not know was as it is by default.
-    defaults = vars(build_parser().parse_args([]))
+    # As in args.yaml, where a tuple is a list.
     before, now = (
-        {**defaults, **json.loads(json.dumps(vars(arguments), default=str))} for arguments in (saved['args'], args))
+        {**defaults(), **json.loads(json.dumps(vars(arguments), default=str))} for arguments in (saved['args'], args))
     changed = [name for name in now if name not in FREE_ON_RESUME | NOT_RECORDED and now[name] != before[name]]
     if changed and set(changed) <= SCHEDULE and starts_alike(before, now, saved['epoch'] + 1):
         if own:

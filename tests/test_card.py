@@ -381,6 +381,14 @@ def test_the_card_says_where_the_twin_differs(published, card):
     assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
 
 
+def test_what_an_older_trainer_did_not_know_was_as_by_default(card):
+    args = yaml.safe_load((card / 'training' / 'args.yaml').read_text())
+    assert args.pop('crop_off_epoch') == 0
+    (card / 'training' / 'twin' / 'args.yaml').write_text(yaml.safe_dump(args))
+    hub.write_card(card, NAME)
+    assert 'The twin was trained with the same arguments.' in (card / 'README.md').read_text()
+
+
 def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
     file = card / 'training' / 'args.yaml'
     assert 'train_sizes' not in (card / 'README.md').read_text()

@@ -100,15 +100,14 @@ def augmentation(args: Dict) -> str:
     usual = {
         'crop_padding': 4, 'crop_padding_mode': 'constant', 'crop_off_epoch': 0, 'hflip_mode': 'random', 'reprob': 0,
         'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
-    given = {name: args.get(name, value) for name, value in usual.items()}
-    return ' '.join(f'{name}={value}' for name, value in given.items() if value != usual[name])
+    return ' '.join(f'{name}={args[name]}' for name, value in usual.items() if args[name] != value)
 
 
 def search_row(folder: Path) -> List[str]:
     run = Record(folder)
     args, arguments = run.args, dict(run.args['model_kwargs'])
     width = arguments.pop('channels')[0]
-    small_images = ' '.join(map(str, args.get('train_sizes') or ()))
+    small_images = ' '.join(map(str, args['train_sizes'] or ()))
     epochs = run.epochs
     if args['initial_checkpoint']:
         *_, before = (part for part in Path(args['initial_checkpoint']).parent.parts if part != 'model')
