@@ -201,7 +201,7 @@ def test_grid_neighbors_selects_what_the_definition_selects(size, k):
 
 @pytest.mark.parametrize('B, T, C, O, Q, K, groups', [
     (2, 12, 4, 6, 5, 3, 1), (3, 4, 4, 6, 25, 3, 1), (1, 30, 3, 2, 30, 9, 1), (3, 9, 6, 6, 9, 4, 6),
-    (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1)])
+    (2, 9, 6, 4, 7, 4, 2), (2, 8, 1, 1, 3, 1, 1), (2, 5, 7, 17, 6, 3, 1)])
 @pytest.mark.parametrize('scored', [False, True])
 def test_neighbor_conv_computes_what_the_definition_computes(chunk_bytes, order, B, T, C, O, Q, K, groups, scored):
     def run(fn):

@@ -201,7 +201,7 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1])) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
     for b, tokens, place in _tokens_and_places(x, index, weight):
-        g = grad[b].reshape(-1, O).contiguous()  # as a part of a wider gradient it took many times as long to add
+        g = grad[b].reshape(-1, O)
         if score is not None:
             s = score[b].reshape(place.shape)
             products = _products(tokens, weight, groups)
@@ -209,11 +209,13 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
                 grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
         if not (of_x or of_weight):
             continue
-        grad_products, wide = widen(x.new_zeros(K, len(tokens), O)), widen(g)
+        # Contiguous, and not with 2 to 15 columns: there torch adds rows several times more slowly.
+        wide = F.pad(widen(g), (0, 16 - O if 1 < O < 16 else 0)).contiguous()
+        grad_products = wide.new_zeros(K, len(tokens), wide.shape[1])
         for rank in range(K):
             spread = wide if score is None else wide * s[:, rank:rank + 1]
             grad_products[rank].index_add_(0, place[:, rank], spread)
-        grad_products = grad_products.transpose(0, 1).to(x.dtype).contiguous()
+        grad_products = grad_products[..., :O].transpose(0, 1).to(x.dtype).contiguous()
         if of_x:
             grad_x[b] = _tokens_gradient(grad_products, weight, groups).view_as(x[b])
         if of_weight:
