@@ -434,6 +434,7 @@ def comparison(card: Card) -> str:
     if twin.images != run.images:
         arguments += f', and evaluated on {twin.images:,} images, not {run.images:,}'
     rows = '\n'.join(map(comparison_row, (run, twin)))
+    speeds = '' if twin.machine == run.machine else ' Speeds on different machines do not compare.'
     return f"""
 
 ### Model Comparison
@@ -445,7 +446,7 @@ epoch of training{held_out(run)}.
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-The machine of the twin: {twin.machine}."""
+The machine of the twin: {twin.machine}.{speeds}"""
 
 
 def comparison_row(record: Record) -> str:

@@ -379,6 +379,11 @@ def test_the_card_says_where_the_twin_differs(published, card):
     set_last(file.parent, 'eval_images', 12)
     hub.write_card(card, NAME)
     assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
+    assert 'Speeds' not in (card / 'README.md').read_text()
+    environment = file.parent / 'environment.json'
+    environment.write_text(json.dumps({**json.loads(environment.read_text()), 'gpu': 'H200'}))
+    hub.write_card(card, NAME)
+    assert 'The machine of the twin: H200. Speeds on different machines do not compare.' in (card / 'README.md').read_text()
 
 
 def test_what_an_older_trainer_did_not_know_was_as_by_default(card):

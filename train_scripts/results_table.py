@@ -61,7 +61,8 @@ model = timm.create_model('{name}', pretrained=True)
 Trained on {data}.
 Top-1 is that of the last epoch, on the whole test set, as the training recorded it: the mean over the seeds, and where there are several
 their sample standard deviation; a difference between single runs may be chance. The twin is the network with convolutions, trained in
-the same way. Seconds are those of the median epoch. Each model card has the figures of the file itself, and how it was trained.
+the same way. Seconds are those of the median epoch; those on different machines do not compare. Each model card has the figures of the
+file itself, and how it was trained.
 """
 EMPTY_ZOO = 'No weights are published yet.\n'
 
