@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from convnn_timm.layers import ConvNN2d
+from convnn_timm.ops._common import CHUNK_BYTES
 
 CPU = torch.device('cpu')
 MIB = 2 ** 20
@@ -102,6 +103,17 @@ def test_backward_keeps_no_gathered_tokens(benchmark):
     """64 channels, where the original keeps 9 times the input and more."""
     layer, original = ConvNN2d(64, 64, sampling_type='random', num_samples=64), benchmark.OriginalConvNN2d(64, 64)
     assert layer_peak(benchmark, layer, 32) < layer_peak(benchmark, original, 32) / 6
+
+
+def test_a_batch_of_few_outputs_stays_within_the_budget(benchmark):
+    """Two outputs, which backward pads to many more columns: besides the gradients, two chunks at most."""
+    x, grad, weight = torch.rand(256, 256, 8), torch.rand(256, 256, 2), torch.rand(2, 8, 8)
+    index = torch.randint(256, (256, 256, 8))
+
+    def step():
+        torch.ops.convnn_timm.neighbor_conv_backward(grad, x, index, weight, None, 1, True, True)
+
+    assert benchmark.peak_memory(step, CPU) - x.nbytes - weight.nbytes < 2 * CHUNK_BYTES
 
 
 @pytest.mark.slow

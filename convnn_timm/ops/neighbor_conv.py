@@ -18,6 +18,9 @@ from .paths import choose
 
 __all__ = ['neighbor_conv']
 
+# torch adds rows several times more slowly if they have 2 to 15 columns, or if they are parts of wider ones.
+ADDED_COLUMNS = 16
+
 
 def neighbor_conv(
         x: torch.Tensor,
@@ -209,8 +212,7 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
                 grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
         if not (of_x or of_weight):
             continue
-        # Contiguous, and not with 2 to 15 columns: there torch adds rows several times more slowly.
-        wide = F.pad(widen(g), (0, 16 - O if 1 < O < 16 else 0)).contiguous()
+        wide = F.pad(widen(g), (0, ADDED_COLUMNS - O if 1 < O < ADDED_COLUMNS else 0)).contiguous()
         grad_products = wide.new_zeros(K, len(tokens), wide.shape[1])
         for rank in range(K):
             spread = wide if score is None else wide * s[:, rank:rank + 1]
@@ -230,7 +232,7 @@ def _tokens_and_places(
 ) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
     """Chunks of images, their tokens (n * T, C), and which of these are the queries' neighbours, (n * Q, K)."""
     (B, T, _), (_, Q, K), O = x.shape, index.shape, weight.shape[0]
-    for b, _ in batch_chunks(B, 1, (T + Q) * K * O * x.element_size()):
+    for b, _ in batch_chunks(B, 1, (T + Q) * K * max(O, ADDED_COLUMNS) * x.element_size()):
         yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K)
 
 
