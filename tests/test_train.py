@@ -643,7 +643,8 @@ def test_too_small_images(flags, tmp_path):
 @pytest.mark.parametrize('amp', [True, False])
 def test_a_processor_without_bfloat16_is_told_from_others(flags, tmp_path, monkeypatch, caplog, amp):
     monkeypatch.setattr(train, 'is_emulated', lambda dtype: dtype == 'bfloat16')
-    extra = ['--amp' if amp else '--no-amp', '--amp-dtype', 'bfloat16']
+    # Not 16 pixels: oneDNN's bfloat16 weight gradients are wrong where a strided convolution gets a map of one pixel.
+    extra = ['--amp' if amp else '--no-amp', '--amp-dtype', 'bfloat16', '--img-size', '32']
     main([*flags, *extra, '--epochs', '1', '--device', 'cpu', '--output', str(tmp_path)])
     assert ('no instructions for bfloat16, which makes it very slow: --no-amp trains in float32' in caplog.text) == amp
 
