@@ -212,7 +212,8 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
                 grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
         if not (of_x or of_weight):
             continue
-        wide = F.pad(widen(g), (0, ADDED_COLUMNS - O if 1 < O < ADDED_COLUMNS else 0)).contiguous()
+        wide = widen(g)
+        wide = F.pad(wide, (0, ADDED_COLUMNS - O)) if 1 < O < ADDED_COLUMNS else wide.contiguous()
         grad_products = wide.new_zeros(K, len(tokens), wide.shape[1])
         for rank in range(K):
             spread = wide if score is None else wide * s[:, rank:rank + 1]
