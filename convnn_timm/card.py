@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -25,7 +25,7 @@ from .train_args import defaults
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
-    'PLACES', 'Card', 'Record', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
+    'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
 
 # Data sets by the tag that names them: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
@@ -120,6 +120,18 @@ class Record:
         return ', then '.join(dict.fromkeys(map(machine_name, self.environments)))
 
 
+def read_runs(folder: Path) -> List[Record]:
+    """What is recorded of a training in a folder, and of its repetitions in the folder's seeds/."""
+    repetitions = sorted((folder / 'seeds').glob('*'), key=lambda path: int(path.name))
+    return [Record(path) for path in (folder, *repetitions)]
+
+
+def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
+    """What runs recorded after their last epoch: mean, and sample standard deviation if they are several."""
+    values = [run.last(column) for run in runs]
+    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+
+
 def machine_name(environment: Dict[str, Any]) -> str:
     """The processor that an environment.json names."""
     threads, capability = environment['threads'], environment.get('cpu_capability')
@@ -133,9 +145,8 @@ class Card:
     name: str
     config: Dict[str, Any]
     evaluation: Dict[str, Any]
-    run: Record
-    seeds: List[Record]
-    twin: Optional[Record]
+    runs: List[Record]  # that which made the weights, and its repetitions with other seeds
+    twins: List[Record]  # the same of the convolution, if there is one
     recipe: Optional[Dict[str, Any]]
 
     @cached_property
@@ -154,15 +165,8 @@ class Card:
         return {name: value for name, value in self.config.get('model_args', {}).items() if name in known}
 
     @property
-    def runs(self) -> List[Record]:
-        """The run that made the weights, and its repetitions with other seeds."""
-        return [self.run, *self.seeds]
-
-    @property
-    def top1(self) -> str:
-        """What the runs recorded after their last epoch: mean, and sample standard deviation if they are several."""
-        values = [run.last('eval_top1') for run in self.runs]
-        return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+    def run(self) -> Record:
+        return self.runs[0]
 
     @property
     def size(self) -> List[int]:
@@ -196,9 +200,8 @@ def read_card(folder: Path, name: str) -> Card:
         name=name,
         config=read_config(folder),
         evaluation=json.loads((folder / 'training' / 'evaluation.json').read_text()),
-        run=Record(folder / 'training'),
-        seeds=[Record(path) for path in sorted((folder / 'training' / 'seeds').glob('*'))],
-        twin=Record(twin) if twin.is_dir() else None,
+        runs=read_runs(folder / 'training'),
+        twins=read_runs(twin) if twin.is_dir() else [],
         recipe=yaml.safe_load(recipe.read_text()) if recipe.is_file() else None,
     )
 
@@ -403,14 +406,14 @@ The weights are those of the last epoch ({card.run.epochs}), not of the best one
 
 def seeds(card: Card) -> str:
     """How much the result depends on the seed, as the runs recorded it."""
-    if not card.seeds:
+    if len(card.runs) == 1:
         return 'This is one run with 1 seed: how far others would differ from it was not measured.'
     rows = '\n'.join(
         f'| {run.args["seed"]} | {run.last("eval_top1"):.2f} | {run.last("eval_top5"):.2f} |' for run in card.runs)
     return f"""### Seeds
 
 The same training with {len(card.runs)} seeds, as recorded after the last epoch{held_out(card.run)}.
-Top-1, mean and sample standard deviation: **{card.top1}**.
+Top-1, mean and sample standard deviation: **{accuracy(card.runs)}**.
 
 | seed | top-1 | top-5 |
 |---|---|---|
@@ -423,9 +426,9 @@ def held_out(run: Record) -> str:
 
 def comparison(card: Card) -> str:
     """The twin's figures beside the model's, both as their runs recorded them."""
-    if card.twin is None:
+    if not card.twins:
         return ''
-    run, twin = card.run, card.twin
+    run, twin = card.run, card.twins[0]
     keys = {*run.args, *twin.args} - PLACES - {'model', 'model_kwargs', 'convert'}
     different = [
         f'`{key}`: {run.args.get(key)} here, {twin.args.get(key)} there'
@@ -433,24 +436,26 @@ def comparison(card: Card) -> str:
     arguments = f'other arguments: {"; ".join(different)}' if different else 'the same arguments'
     if twin.images != run.images:
         arguments += f', and evaluated on {twin.images:,} images, not {run.images:,}'
-    rows = '\n'.join(map(comparison_row, (run, twin)))
+    rows = '\n'.join(map(comparison_row, (card.runs, card.twins)))
+    spread = '' if len(card.runs) == len(card.twins) == 1 else (
+        '\nOf several seeds these are the mean and the sample standard deviation; the speed is that of the first.')
     speeds = '' if twin.machine == run.machine else ' Speeds on different machines do not compare.'
     return f"""
 
 ### Model Comparison
 
 The twin was trained with {arguments}. Both as recorded after the last
-epoch of training{held_out(run)}.
+epoch of training{held_out(run)}.{spread}
 
-| model | arguments | seed | epochs | top-1 | top-5 | parameters (M) | GMACs | images/s in training |
+| model | arguments | seeds | epochs | top-1 | top-5 | parameters (M) | GMACs | images/s in training |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
 The machine of the twin: {twin.machine}.{speeds}"""
 
 
-def comparison_row(record: Record) -> str:
-    args = record.args
+def comparison_row(runs: Sequence[Record]) -> str:
+    args = runs[0].args
     kwargs = dict(args['model_kwargs'])
     if args['input_size']:
         kwargs['in_chans'] = args['input_size'][0]
@@ -460,9 +465,9 @@ def comparison_row(record: Record) -> str:
     size = timm.data.resolve_data_config(args, model=model)['input_size']
     arguments = {**args['model_kwargs'], **args['convert']}
     cells = [
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()), args['seed'],
-        record.epochs, f'{record.last("eval_top1"):.2f}', f'{record.last("eval_top5"):.2f}',
-        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{record.speed:.0f}']
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
+        ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
+        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{runs[0].speed:.0f}']
     return f'| {" | ".join(map(str, cells))} |'
 
 
@@ -472,7 +477,7 @@ def limitations(card: Card) -> str:
         f'- It was trained and measured at {card.size[1]} x {card.size[2]} pixels. Other images are resized to that.',
         '- Robustness, calibration and fairness were not measured.',
     ]
-    if not card.seeds:
+    if len(card.runs) == 1:
         lines += ['- One run says little about small differences between models: runs with other seeds differ too.']
     sampling = card.layer_args.get('sampling_type', 'all')
     if 'convnn' in card.layer and sampling == 'all':

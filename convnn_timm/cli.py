@@ -127,7 +127,9 @@ def build_parser() -> Parser:
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
     sub.add_argument('--tag', required=True, help='what it was trained on; the weight is called <architecture>.TAG')
     sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
-    sub.add_argument('--twin', type=Path, metavar='RUN', help='run of the convolution that the card compares it with')
+    sub.add_argument(
+        '--twin', type=Path, metavar='RUN',
+        help='run of the convolution that the card compares it with, or the folder of its published weight')
     sub.add_argument(
         '--seeds', nargs='+', type=Path, default=(), metavar='RUN',
         help='runs of the same training with other seeds, for mean and spread')

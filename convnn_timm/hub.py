@@ -7,8 +7,8 @@ there has:
     model.safetensors     the weights
     golden.safetensors    inputs and the logits that belong to them
     README.md             the model card, made by card.py from the other files
-    training/             what the run recorded, evaluation.json, and in seeds/ and twin/ what its repetitions with
-                          other seeds and its convolution twin recorded
+    training/             what the run recorded, evaluation.json, in seeds/ what its repetitions with other seeds
+                          recorded, and in twin/ the same of its convolution twin
 
 The package's manifest.json has a line for each; models/_weights.py reads it where the weights are loaded.
 """
@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from statistics import median
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -85,7 +85,8 @@ def export(
         run: Run folder of a finished training.
         tag: What the weights were trained on, the second half of the name.
         output: Folder in which to make `<arch>.<tag>/`.
-        twin: Run folder of the convolution that was trained beside it.
+        twin: Run folder of the convolution that was trained beside it, or the folder of its published weight, with
+            which its repetitions come.
         data_note: What the card says about the data, besides its name.
         data_dir: Where the images are now, if they were moved.
         device: Where to evaluate.
@@ -100,8 +101,11 @@ def export(
             `seeds` another training, the folder is there or holds files of somebody else, the images are not there or
             others, or the manifest is read-only.
     """
-    for folder in filter(None, (run, twin, *seeds)):
-        if not (folder / 'model' / WEIGHTS).is_file() or not read_summary(folder):
+    places = {folder: (folder, folder / 'model') for folder in (run, *seeds)}  # of a record, and of its model
+    if twin:
+        places[twin] = (twin / 'training', twin) if (twin / 'training').is_dir() else (twin, twin / 'model')
+    for folder, (record, model) in places.items():
+        if not (model / WEIGHTS).is_file() or not read_summary(record):
             raise WeightsError(
                 f'{folder} is no run folder of a finished training. To finish one: '
                 f'convnn-timm train -c {folder}/args.yaml --resume auto')
@@ -111,9 +115,9 @@ def export(
     if not timm.models.is_model_in_modules(
             config['architecture'], ['convnn_converted', 'convnn_resnet', 'convnn_vgg']):
         raise WeightsError(f'{run} trained {config["architecture"]}, which is no model of this package')
-    for other in filter(None, (twin, *seeds)):
-        if read_config(other / 'model').get('label_names') != config.get('label_names'):
-            raise WeightsError(f'{other} tells other classes apart than {run}')
+    for folder, (_, model) in places.items():
+        if read_config(model).get('label_names') != config.get('label_names'):
+            raise WeightsError(f'{folder} tells other classes apart than {run}')
     check_seeds(run, seeds)
     name = f'{published_architecture(config)}.{tag}'
     folder = output / name
@@ -143,11 +147,10 @@ def export(
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
         save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
         write_golden(new)
-        copy_record(run, new / 'training')
+        copy_record(run, new / 'training', seeds)
         if twin:
-            copy_record(twin, new / 'training' / 'twin')
-        for repetition in seeds:
-            copy_record(repetition, new / 'training' / 'seeds' / str(Record(repetition).args['seed']))
+            record, _ = places[twin]
+            copy_record(record, new / 'training' / 'twin', (record / 'seeds').glob('*'))
         (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
         write_card(new, name)
         entry = manifest_entry(new, name)
@@ -266,8 +269,8 @@ def measure_speed(model: nn.Module, size: Tuple[int, int, int], args: Any, batch
     return dict(images_per_s=batch_size / median(times), batch_size=batch_size, machine=machine)
 
 
-def copy_record(run: Path, folder: Path) -> None:
-    """Copy what a run recorded, without the places of files on the machine that it ran on."""
+def copy_record(run: Path, folder: Path, seeds: Iterable[Path] = ()) -> None:
+    """Copy what a run and its repetitions recorded, without the places of files on the machine that they ran on."""
     folder.mkdir(parents=True)
     args = yaml.safe_load((run / 'args.yaml').read_text())
     absolute = {value for value in args.values() if isinstance(value, str) and os.path.isabs(value)}
@@ -279,6 +282,8 @@ def copy_record(run: Path, folder: Path) -> None:
     for name in ('summary.csv', 'curve.png', 'recipe.yaml'):
         if (run / name).is_file():
             shutil.copy(run / name, folder)
+    for repetition in seeds:
+        copy_record(repetition, folder / 'seeds' / str(Record(repetition).args['seed']))
 
 
 def write_golden(folder: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
 from convnn_timm import cli, hub
-from convnn_timm.card import Record, write_card
+from convnn_timm.card import Record, read_card, write_card
 from convnn_timm.models import _weights
 from convnn_timm.train import main as train
 
@@ -334,8 +334,11 @@ def test_the_card_tells_what_was_recorded(published):
     for folder in ('training', 'training/twin'):
         last = (published / 'cards' / NAME / folder / 'summary.csv').read_text().split()[-1].split(',')
         model = yaml.safe_load((published / 'cards' / NAME / folder / 'args.yaml').read_text())['model']
-        assert re.search(rf'\| `{model}` \|.*\| 0 \| 2 \| {float(last[5]):.2f} \| {float(last[6]):.2f} \|', text)
+        seeds, points = (r'0, 1', r' ± \d+\.\d\d') if folder == 'training' else ('0', '')
+        top1 = last_top1(published / 'cards' / NAME / folder) + (2.5 if folder == 'training' else 0)
+        assert re.search(rf'\| `{model}` \|.*\| {seeds} \| 2 \| {top1:.2f}{points} \| {float(last[6]):.2f}', text)
     assert 'The twin was trained with the same arguments.' in text
+    assert 'Of several seeds these are the mean and the sample standard deviation' in text
 
 
 def test_the_card_says_how_far_seeds_differ(card):
@@ -351,6 +354,32 @@ def test_the_card_says_how_far_seeds_differ(card):
     hub.write_card(card, NAME)
     text = (card / 'README.md').read_text()
     assert 'one run with 1 seed: how far others would differ from it was not measured' in text and '±' not in text
+    assert 'Of several seeds' not in text
+
+
+def test_seeds_beyond_nine_are_in_order(card):
+    seeds = card / 'training' / 'seeds'
+    for seed in (10, 2):
+        repeat(seeds / '1', seed).rename(seeds / str(seed))
+    hub.write_card(card, NAME)
+    assert '| 0, 1, 2, 10 | 2 |' in (card / 'README.md').read_text()
+
+
+def test_the_twin_may_be_published_and_brings_its_seeds(published, manifest, results_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    hybrid, conv = (published / 'output' / f'resnet18_{layer}' for layer in ('convnn_branching', 'conv2d'))
+    conv = Path(shutil.copytree(conv, tmp_path / 'conv'))
+    set_top1(conv, 92.)
+    twin = hub.export(conv, 'noise', tmp_path / 'cards', seeds=[repeat(conv, 4, points=1.)])
+    folder = hub.export(hybrid, 'noise', tmp_path / 'cards', twin=twin)
+    assert {path.name for path in (folder / 'training' / 'twin').iterdir()} == {
+        'args.yaml', 'curve.png', 'environment.json', 'recipe.yaml', 'seeds', 'summary.csv'}
+    text = (folder / 'README.md').read_text()
+    assert re.search(r'\| `resnet18_conv2d` \|.*\| 0, 4 \| 2 \| 92\.50 ± 0\.71 \|', text)
+    assert 'Of several seeds these are the mean and the sample standard deviation' in text
+    assert 'This is one run with 1 seed' in text and 'One run says little' in text  # of the weights themselves
+    assert '`resnet18_conv2d` 92.50 ± 0.71' in results_table.zoo_row(read_card(folder, folder.name), '')
+    assert hub.check_folder(folder) == []
 
 
 @pytest.mark.parametrize('architecture, model_args, text', [

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
-from convnn_timm.card import Card, Record, read_card
+from convnn_timm.card import Card, Record, accuracy, read_card
 from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs, count_parameters
 
@@ -81,7 +81,7 @@ def run_row(folder: Path) -> List[str]:
     waiting = float(run.summary[-1]['train_data_share'])
     return [
         f'[{folder.name}]({folder.name})', with_arguments(run.args['model'], run.args['model_kwargs']), run.args['seed'],
-        run.epochs, top1(run), f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
+        run.epochs, top1([run]), f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
         f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
 
 
@@ -121,19 +121,15 @@ def search_row(folder: Path) -> List[str]:
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
-    twin = f'`{card.twin.args["model"]}` {top1(card.twin)}' if card.twin else ''
+    twin = f'`{card.twins[0].args["model"]}` {top1(card.twins)}' if card.twins else ''
     return [
-        f'[`{card.name}`]({link}{card.name})', card.top1 + on_held_out(card.run), count(len(card.runs), 'seed'), twin,
+        f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'), twin,
         f'{count_parameters(card.model) / 1e6:.1f} M', f'{count_macs(card.model, tuple(card.size)) / 1e9:.3f} G',
         card.run.epochs, f'{card.run.epoch_seconds(card.evaluation["train_images"]):.0f}', card.run.machine]
 
 
-def top1(run: Record) -> str:
-    return f'{run.last("eval_top1"):.2f}{on_held_out(run)}'
-
-
-def on_held_out(run: Record) -> str:
-    return ' (held out)' if run.args['holdout'] else ''
+def top1(runs: Sequence[Record]) -> str:
+    return accuracy(runs) + (' (held out)' if runs[0].args['holdout'] else '')
 
 
 def count(number: int, noun: str) -> str:
