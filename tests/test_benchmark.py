@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from convnn_timm.layers import ConvNN2d
+from convnn_timm.ops import knn_index
 from convnn_timm.ops._common import CHUNK_BYTES
 
 CPU = torch.device('cpu')
@@ -87,6 +88,13 @@ def layer_peak(benchmark, layer, side):
     x = torch.rand(1, layer.conv.in_channels if hasattr(layer, 'conv') else layer.in_channels, side, side)
     step = benchmark.layer_step(layer, x.requires_grad_(), True, lambda: torch.autocast('cpu', enabled=False))
     return benchmark.peak_memory(step, CPU)
+
+
+def test_a_search_keeps_no_wider_copy_of_the_tokens(benchmark):
+    x = torch.randn(128, 1024, 64, dtype=torch.bfloat16)
+    few = x[:, :32].contiguous()
+    found = x.shape[0] * x.shape[1] * 4 * (8 + 4)  # indices and scores
+    assert benchmark.peak_memory(lambda: knn_index(x, few, 4), CPU) - found < 2 * CHUNK_BYTES < 2 * x.nbytes
 
 
 def test_a_layers_memory_grows_with_tokens_the_originals_with_their_square(benchmark):

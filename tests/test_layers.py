@@ -18,7 +18,7 @@ from convnn_timm.layers import (
     Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d, ConvNN1d, ConvNN2d, ConvNNAttention1d,
     ConvNNAttention2d, CoordConv2d, PixelShuffle1d, PixelUnshuffle1d, convnn, create_layer, layer_arguments)
 from convnn_timm.layers.base import map_to_tokens
-from convnn_timm.ops import knn, neighbor_conv, reference
+from convnn_timm.ops import knn_index, neighbor_conv, reference
 
 LAYERS_1D = [ConvNN1d, ConvNNAttention1d, Branching1d, BranchingAttention1d]
 LAYERS_2D = [ConvNN2d, ConvNNAttention2d, Branching2d, BranchingAttention2d]
@@ -139,8 +139,8 @@ def test_loc_is_dilated_and_grouped_conv1d():
 @pytest.fixture
 def searches(monkeypatch):
     """The searches so far, one call each; what was found before is forgotten."""
-    mock = Mock(wraps=knn)
-    monkeypatch.setattr(convnn, 'knn', mock)
+    mock = Mock(wraps=knn_index)
+    monkeypatch.setattr(convnn, 'knn_index', mock)
     convnn._remembered.cache_clear()
     return lambda: mock.call_count
 

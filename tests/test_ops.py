@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_timm.ops
-from convnn_timm.ops import grid_neighbors, knn, neighbor_conv, reference
+from convnn_timm.ops import grid_neighbors, knn, knn_index, neighbor_conv, reference
 from convnn_timm.ops import _common, topk
 from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
@@ -75,6 +75,20 @@ def test_topk_orders_equal_values_by_their_index(M, k):
     for value, index in topk_of_rows(score, k), topk_of_tied_rows(score, k), by_column:
         assert torch.equal(index, expected)
         torch.testing.assert_close(value, score.gather(1, expected), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+@pytest.mark.parametrize('M', [20, 300])
+def test_knn_index_is_that_of_knn(chunk_bytes, least_columns, M, metric, dtype):
+    query, candidates = tokens(3, 20, 100, dtype=dtype), tokens(3, M, 100, seed=1, dtype=dtype)
+    query[:, 0], query[:, 1] = 0, query[:, 1] * 1e-14  # too short to have a direction
+    candidates[:, 5:7] = candidates[:, 7:8]
+    query.requires_grad_()
+    index = knn_index(query, candidates, 9, metric, torch.arange(20))
+    assert torch.equal(index, knn(query, candidates, 9, metric, torch.arange(20))[0]) and not index.requires_grad
+    if metric == 'cosine':
+        assert (index[:, 0] == torch.arange(1, 10)).all() and (index[:, 1] == torch.tensor([0, *range(2, 10)])).all()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
@@ -153,10 +167,12 @@ def test_knn_gives_zero_vectors_score_zero_without_gradient():
     (dict(k=7), r'k must lie in \[1, 6\]'),
     (dict(query=torch.ones(2, 6, 5)), r'knn takes query \(B, Q, C\)'),
     (dict(exclude=torch.zeros(1).long()), r'exclude names one candidate for each of 6 queries, but is \(1,\)'),
+    (dict(query=torch.ones(2, 6, 3).double()), r'of one dtype, not torch.float64 and torch.float32'),
 ])
-def test_knn_refuses(args, message):
+@pytest.mark.parametrize('select', [knn, knn_index])
+def test_knn_refuses(select, args, message):
     with pytest.raises(ValueError, match=message):
-        knn(**{'query': torch.ones(2, 6, 3), 'candidates': torch.ones(2, 6, 3), 'k': 2, **args})
+        select(**{'query': torch.ones(2, 6, 3), 'candidates': torch.ones(2, 6, 3), 'k': 2, **args})
 
 
 @pytest.mark.parametrize('offset', [0, 100, 10000])

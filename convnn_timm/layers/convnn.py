@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from convnn_timm.ops import grid_neighbors, knn, neighbor_conv
+from convnn_timm.ops import grid_neighbors, knn_index, neighbor_conv
 from convnn_timm.ops._common import widen
 from .base import (
     SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, check_number, map_to_tokens, with_own_first)
@@ -262,8 +262,7 @@ class _ConvNN(NeighborLayer):
         candidates = self._tokens_at(positions, features, size)
         all_ask = self.stride == self.dilation == 1 and tuple(features.shape[2:]) == size
         query = map_to_tokens(features) if all_ask else self._tokens_at(queries, features, size)
-        index, _ = knn(query, candidates, self.K - 1, self.magnitude_type, own_place)
-        return positions, index
+        return positions, knn_index(query, candidates, self.K - 1, self.magnitude_type, own_place)
 
     def _convolution_window(self) -> Optional[int]:
         """Side of the window that the neighbours fill wherever they are, if they do: then this is a convolution."""

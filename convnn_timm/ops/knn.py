@@ -1,8 +1,10 @@
-"""Select neighbours exactly: `knn` by feature, `grid_neighbors` by location.
+"""Select neighbours exactly: `knn` and `knn_index` by feature, `grid_neighbors` by location.
 
 Ranks need less than scores: dividing by the query's norm (cosine) or subtracting it (euclidean) changes no order, so
-one matrix product against prepared candidates ranks them. It runs chunk by chunk of queries; no Q x M tensor is kept.
+one matrix product against prepared candidates ranks them. It runs chunk by chunk of queries, which are widened to
+float32 there: neither a Q x M tensor nor a wider copy of the tokens is kept.
 """
+from math import ceil
 from typing import List, Optional, Tuple
 
 import torch
@@ -13,7 +15,7 @@ from .paths import choose
 from .reference import inverse_norm
 from .topk import can_sort_columns, column_scratch, topk_of_columns, topk_of_rows
 
-__all__ = ['knn', 'grid_neighbors']
+__all__ = ['knn', 'knn_index', 'grid_neighbors']
 
 METRICS = ('cosine', 'euclidean')
 
@@ -40,33 +42,74 @@ def knn(
         index (B, Q, k) int64 and score (B, Q, k); gradient flows through the score only.
 
     Raises:
-        ValueError: Unknown metric, shapes that do not fit, or k outside [1, M].
+        ValueError: Unknown metric, shapes or dtypes that do not fit, or k outside [1, M].
     """
+    _check(query, candidates, k, metric, exclude)
+    with no_autocast(query):
+        score, index, square = _rank(query, candidates, k, metric, exclude)
+        return index, score * inverse_norm(widen(query)) if square is None else score - square.unsqueeze(-1)
+
+
+@torch.no_grad()
+def knn_index(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        k: int,
+        metric: str = 'cosine',
+        exclude: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The indices (B, Q, k) of `knn` alone, for less: scores need every norm. Arguments and errors are its own."""
+    _check(query, candidates, k, metric, exclude)
+    with no_autocast(query):
+        return _rank(query, candidates, k, metric, exclude)[1]
+
+
+def _check(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        k: int,
+        metric: str,
+        exclude: Optional[torch.Tensor],
+) -> None:
     if metric not in METRICS:
         raise ValueError(f'unknown metric {metric!r}, valid are {", ".join(METRICS)}')
     if query.ndim != 3 or candidates.ndim != 3 or query.shape[::2] != candidates.shape[::2]:
         raise ValueError(
             f'knn takes query (B, Q, C) and candidates (B, M, C), '
             f'not {tuple(query.shape)} and {tuple(candidates.shape)}')
+    if query.dtype != candidates.dtype:
+        raise ValueError(f'knn takes query and candidates of one dtype, not {query.dtype} and {candidates.dtype}')
     refuse_forward_mode(query, candidates)
     if not 1 <= k <= candidates.shape[1]:
         raise ValueError(f'k must lie in [1, {candidates.shape[1]}], the number of candidates, but is {k}')
     if exclude is not None and exclude.shape != query.shape[1:2]:
         raise ValueError(
             f'exclude names one candidate for each of {query.shape[1]} queries, but is {tuple(exclude.shape)}')
-    with no_autocast(query):
-        query, candidates = widen(query), widen(candidates)
-        select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
-        if metric == 'cosine':
-            scale = inverse_norm(query)
-            query = query * (scale != 0)  # if it is 0 all candidates are equal
-            score, index = select(query, candidates * inverse_norm(candidates), None, exclude, k)
-            return index, score * scale
-        origin = _origin(candidates)
-        query, query_square = _with_square(query - origin)
-        candidates, square = _with_square(candidates - origin)
-        score, index = select(2 * query, candidates, -square, exclude, k)
-        return index, score - query_square.unsqueeze(-1)
+
+
+def _rank(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        k: int,
+        metric: str,
+        exclude: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """Scores and indices (B, Q, k). Of scores by cosine a factor of each query is missing, its inverse norm, of those
+    by distance a summand, the last result (B, Q).
+    """
+    select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
+    candidates = widen(candidates)
+    if metric == 'cosine':
+        return *select(query, candidates * inverse_norm(candidates), None, exclude, k), None
+    origin = _origin(candidates)
+    query, query_square = _with_square(widen(query) - origin)
+    candidates, square = _with_square(candidates - origin)
+    return *select(query, 2 * candidates, -square, exclude, k), query_square
+
+
+def _has_direction(query: torch.Tensor) -> torch.Tensor:
+    """Which queries (..., 1) are long enough to have one; to the others all candidates are equal."""
+    return inverse_norm(query) != 0
 
 
 def _origin(candidates: torch.Tensor) -> torch.Tensor:
@@ -95,28 +138,38 @@ def _knn(
         exclude: Optional[torch.Tensor],
         k: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k)."""
-    if choose('knn', query, candidates, k) == 'triton':
+    """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k).
+
+    Computed in the candidates' dtype, which may be wider. Without an offset a query without direction scores 0.
+    """
+    if choose('knn', candidates, k) == 'triton':
         from .triton.knn import knn as triton_knn
+        query = query.to(candidates.dtype)
+        query = query * _has_direction(query) if offset is None else query
         return triton_knn(query, candidates, offset, exclude, k)
-    B, Q, _ = query.shape
+    B, Q, C = query.shape
     M = candidates.shape[1]
     index = query.new_empty((B, Q, k), dtype=torch.int64)
-    score = query.new_empty((B, Q, k))
-    by_column = can_sort_columns(query.dtype, query.device, B * Q, M, k)
-    keys = column_scratch(M, k) if by_column else 0  # for each query
+    score = candidates.new_empty((B, Q, k))
+    by_column = can_sort_columns(candidates.dtype, query.device, B * Q, M, k)
+    width = candidates.element_size()
+    # For each query: first for its C numbers, in the candidates' dtype, then to sort the scores in.
+    scratch_integers = max(ceil(C * width / 8), column_scratch(M, k) if by_column else 0)
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-    for b, q in batch_chunks(B, Q, M * query.element_size() + 8 * keys):
+    for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers):
         n, rows = b.stop - b.start, q.stop - q.start
         if buffer is None:
-            buffer, scratch = query.new_empty(n * rows * M), index.new_empty(n * rows * keys)
+            buffer, scratch = candidates.new_empty(n * rows * M), index.new_empty(n * rows * scratch_integers)
         s = buffer[:n * rows * M].view(n, rows, M)
+        wide = scratch.view(candidates.dtype)[:n * rows * C].view(n, rows, C).copy_(query[b, q])
+        if offset is None:
+            wide *= _has_direction(wide)
         if by_column:
             s = s.view(n, M, rows)
-            torch.bmm(candidates[b], query[b, q].mT, out=s)
+            torch.bmm(candidates[b], wide.mT, out=s)
             s = s.mT
         else:
-            torch.bmm(query[b, q], candidates[b].mT, out=s)
+            torch.bmm(wide, candidates[b].mT, out=s)
         if offset is not None:
             s += offset[b].unsqueeze(1)
         own = None if exclude is None else _mask_excluded(s, exclude[q])
@@ -133,7 +186,7 @@ def _knn(
 @_knn.register_fake
 def _(query, candidates, offset, exclude, k):
     shape = (*query.shape[:2], k)
-    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+    return candidates.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
 # Wherever autocast is on, be it around an exported network that was made without it.
@@ -142,6 +195,8 @@ cast_under_autocast('knn', lambda device: torch.float32)
 
 def _knn_onnx(query, candidates, offset, exclude, k):
     """The same in standard operators. (ONNX defines that TopK gives ties to the lower index; torch.topk does not.)"""
+    query = widen(query)
+    query = query * _has_direction(query) if offset is None else query
     score = query @ candidates.transpose(1, 2)
     if offset is not None:
         score = score + offset.unsqueeze(1)
@@ -191,7 +246,7 @@ def _knn_backward(
     k = index.shape[-1]
     grad_query = torch.empty_like(query)
     grad_candidates = torch.zeros_like(candidates)
-    grad_offset = query.new_zeros(candidates.shape[:2])
+    grad_offset = candidates.new_zeros(candidates.shape[:2])
     for b, q in batch_chunks(B, Q, k * C * query.element_size()):
         i = index[b, q].flatten(1)  # n, q * k
         g = grad[b, q]
@@ -205,7 +260,7 @@ def _knn_backward(
 
 @_knn_backward.register_fake
 def _(grad, query, candidates, index):
-    return torch.empty_like(query), torch.empty_like(candidates), query.new_empty(candidates.shape[:2])
+    return torch.empty_like(query), torch.empty_like(candidates), candidates.new_empty(candidates.shape[:2])
 
 
 once_differentiable(_knn_backward)

@@ -203,21 +203,22 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
     grad_weight = widen(weight.new_zeros(groups, K, O // groups, weight.shape[1])) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
+    columns = max(O, ADDED_COLUMNS) if O > 1 else 1
     for b, tokens, place in _tokens_and_places(x, index, weight):
-        g = grad[b].reshape(-1, O)
+        g, place = grad[b].reshape(-1, O), place.T.contiguous()
         if score is not None:
-            s = score[b].reshape(place.shape)
+            s = score[b].reshape(-1, K)
             products = _products(tokens, weight, groups)
             for rank in range(K):
-                grad_score[b, :, rank] = (products[place[:, rank], rank] * g).sum(-1).view(-1, index.shape[1])
+                grad_score[b, :, rank] = (products[place[rank], rank] * g).sum(-1).view(-1, index.shape[1])
         if not (of_x or of_weight):
             continue
-        wide = widen(g)
-        wide = F.pad(wide, (0, ADDED_COLUMNS - O)) if 1 < O < ADDED_COLUMNS else wide.contiguous()
-        grad_products = wide.new_zeros(K, len(tokens), wide.shape[1])
+        wide = g.new_zeros(len(g), columns, dtype=torch.promote_types(g.dtype, torch.float32))
+        wide[:, :O] = g
+        grad_products = wide.new_zeros(K, len(tokens), columns)
         for rank in range(K):
             spread = wide if score is None else wide * s[:, rank:rank + 1]
-            grad_products[rank].index_add_(0, place[:, rank], spread)
+            grad_products[rank].index_add_(0, place[rank], spread)
         grad_products = grad_products[..., :O].transpose(0, 1).to(x.dtype).contiguous()
         if of_x:
             grad_x[b] = _tokens_gradient(grad_products, weight, groups).view_as(x[b])

@@ -75,13 +75,13 @@ def choose(op: str, *args) -> str:
     return 'triton'
 
 
-def can_run_triton_knn(query: torch.Tensor, candidates: torch.Tensor, k: int) -> Optional[str]:
-    """None if the Triton kernel can select k of candidates (B, M, C) for query (B, Q, C), else the reason."""
-    if query.dtype != torch.float32 or candidates.dtype != torch.float32:
-        return f'tokens are {_name(query.dtype)}, it ranks in float32'
+def can_run_triton_knn(candidates: torch.Tensor, k: int) -> Optional[str]:
+    """None if the Triton kernel can select k of candidates (B, M, C), else the reason."""
+    if candidates.dtype != torch.float32:
+        return f'tokens are {_name(candidates.dtype)}, it ranks in float32'
     if k > MAX_TRITON_K:
         return f'K = {k} > {MAX_TRITON_K}'
-    return _no_triton(query.device)
+    return _no_triton(candidates.device)
 
 
 def can_run_triton_neighbor_conv(x: torch.Tensor, weight: torch.Tensor, groups: int) -> Optional[str]:
