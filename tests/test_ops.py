@@ -27,6 +27,16 @@ def order(request, monkeypatch):
     monkeypatch.setattr(sys.modules['convnn_timm.ops.neighbor_conv'], 'multiplies_first', lambda *args: request.param)
 
 
+@pytest.mark.parametrize('device, budget', [
+    (None, 8), (torch.device('cpu'), 8), (torch.device('cuda'), 128), (torch.device('mps'), 128)])
+def test_chunks_fill_the_budget_of_the_device(device, budget):
+    """128 images of 1 MiB, or two of 100 MiB that are cut where they do not fit. Each query is in one chunk."""
+    assert [b.stop - b.start for b, _ in _common.batch_chunks(128, 1024, 1024, device)] == [budget] * (128 // budget)
+    large = list(_common.batch_chunks(2, 100, 2 ** 20, device))
+    assert len(large) == 2 * -(-100 // budget)
+    assert [i for b, q in large for i in range(100)[q]] == 2 * [*range(100)]
+
+
 def tokens(*shape, dtype=torch.float64, seed=0, ties=False):
     """Random tokens; with ties: small integers, a quarter of them dead (exact in every dtype, many equal scores)."""
     generator = torch.Generator().manual_seed(seed)

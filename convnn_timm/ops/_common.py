@@ -6,15 +6,27 @@ import torch
 import torch.library
 from torch.autograd.forward_ad import unpack_dual
 
-# Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache.
+# Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache; for other devices each
+# step is dozens of launches, which small ones would only wait for.
 CHUNK_BYTES = 8 * 2 ** 20
+DEVICE_CHUNK_BYTES = 128 * 2 ** 20
 
 _library = torch.library.Library('convnn_timm', 'FRAGMENT')
 
 
-def batch_chunks(B: int, Q: int, bytes_per_query: int) -> Iterator[Tuple[slice, slice]]:
-    """Cut B images of Q queries into (images, queries) slices of at most CHUNK_BYTES, whole images where they fit."""
-    queries = max(1, CHUNK_BYTES // max(1, bytes_per_query))
+def chunk_bytes(device: Optional[torch.device]) -> int:
+    """The budget of one step on a device, the CPU if it is None."""
+    return CHUNK_BYTES if device is None or torch.device(device).type == 'cpu' else DEVICE_CHUNK_BYTES
+
+
+def batch_chunks(
+        B: int,
+        Q: int,
+        bytes_per_query: int,
+        device: Optional[torch.device],
+) -> Iterator[Tuple[slice, slice]]:
+    """Cut B images of Q queries into (images, queries) slices within the budget, whole images where they fit."""
+    queries = max(1, chunk_bytes(device) // max(1, bytes_per_query))
     images = max(1, queries // max(1, Q))
     for b in range(0, B, images):
         for q in range(0, Q, queries):

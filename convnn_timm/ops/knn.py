@@ -156,7 +156,7 @@ def _knn(
     # For each query: first for its C numbers, in the candidates' dtype, then to sort the scores in.
     scratch_integers = max(ceil(C * width / 8), column_scratch(M, k) if by_column else 0)
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-    for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers):
+    for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers, query.device):
         n, rows = b.stop - b.start, q.stop - q.start
         if buffer is None:
             buffer, scratch = candidates.new_empty(n * rows * M), index.new_empty(n * rows * scratch_integers)
@@ -247,7 +247,7 @@ def _knn_backward(
     grad_query = torch.empty_like(query)
     grad_candidates = torch.zeros_like(candidates)
     grad_offset = candidates.new_zeros(candidates.shape[:2])
-    for b, q in batch_chunks(B, Q, k * C * query.element_size()):
+    for b, q in batch_chunks(B, Q, k * C * query.element_size(), query.device):
         i = index[b, q].flatten(1)  # n, q * k
         g = grad[b, q]
         rows = candidates[b].gather(1, i.unsqueeze(-1).expand(-1, -1, C)).unflatten(1, (-1, k))
@@ -310,7 +310,7 @@ def grid_neighbors(
     # The window is in raster order, so (distance, place in the window) orders equal distances by index.
     key = step.square().sum(-1) * len(step) + torch.arange(len(step), device=device)
     nearest = []
-    for _, q in batch_chunks(1, len(query), 4 * step.nbytes):
+    for _, q in batch_chunks(1, len(query), 4 * step.nbytes, device):
         position = query[q].unsqueeze(1) + step  # q, window, axes
         inside = ((position >= 0) & (position < limit)).all(-1)
         raster = position[..., 0]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from ._common import (
-    CHUNK_BYTES, batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen)
+    batch_chunks, cast_under_autocast, chunk_bytes, no_autocast, once_differentiable, refuse_forward_mode, widen)
 from .paths import choose
 
 __all__ = ['neighbor_conv']
@@ -97,7 +97,7 @@ def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor)
     Never in float16, which one rank's product may exceed though the sum of all does not.
     """
     (T, C), (Q, K), (O, group_channels, _) = x.shape[1:], index.shape[1:], weight.shape
-    if x.dtype == torch.float16 or (T + Q) * K * O * x.element_size() > CHUNK_BYTES:
+    if x.dtype == torch.float16 or (T + Q) * K * O * x.element_size() > chunk_bytes(x.device):
         return False
     move = 3  # multiplications in the time of moving a number there and, in backward, back
     return T * O * group_channels + (T + Q) * O * move < Q * O * group_channels + 2 * Q * C * move
@@ -140,7 +140,7 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice
     (B, T, C), (_, Q, K) = x.shape, index.shape
     x = x.contiguous()
     buffer = None
-    for b, q in batch_chunks(B, Q, K * C * x.element_size()):
+    for b, q in batch_chunks(B, Q, K * C * x.element_size(), x.device):
         rows = _flat(index[b, q], T)
         buffer = x.new_empty(len(rows), C) if buffer is None else buffer
         torch.index_select(x[b].view(-1, C), 0, rows, out=buffer[:len(rows)])
@@ -234,7 +234,8 @@ def _tokens_and_places(
 ) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
     """Chunks of images, their tokens (n * T, C), and which of these are the queries' neighbours, (n * Q, K)."""
     (B, T, _), (_, Q, K), O = x.shape, index.shape, weight.shape[0]
-    for b, _ in batch_chunks(B, 1, (T + Q) * K * max(O, ADDED_COLUMNS) * x.element_size()):
+    bytes_per_image = (T + Q) * K * max(O, ADDED_COLUMNS) * x.element_size()
+    for b, _ in batch_chunks(B, 1, bytes_per_image, x.device):
         yield b, x[b].flatten(0, 1), _flat(index[b], T).view(-1, K)
 
 
