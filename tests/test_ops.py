@@ -1,5 +1,6 @@
 """Every op against its definition in ops/reference.py: values, indices and gradients."""
 import sys
+import threading
 
 import pytest
 import torch
@@ -108,6 +109,63 @@ def test_knn_of_narrow_dtypes_ranks_in_float32(dtype):
         index, score = knn(query, candidates, 9, metric)
         assert score.dtype == torch.float32 and score.isfinite().all()
         assert torch.equal(index, reference.knn(query.double(), candidates.double(), 9, metric)[0])
+
+
+@pytest.fixture
+def float32_precision():
+    """How a program lets float32 matrices be multiplied; as before after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize('allowed', ['highest', 'high', 'medium'])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_knn_ranks_in_full_precision_whatever_the_program_allows(float32_precision, monkeypatch, metric, allowed):
+    query, candidates = tokens(2, 200, 64, dtype=torch.float32), tokens(2, 200, 64, seed=1, dtype=torch.float32)
+    expected = reference.knn(query.double(), candidates.double(), 9, metric)[0]
+    torch.set_float32_matmul_precision(allowed)
+
+    def found():
+        return [backend.fp32_precision for backend in float32_precision]
+
+    def product(*args, multiply=torch.bmm, **kwargs):  # for processors that do not know how to multiply with fewer bits
+        assert found() == ['ieee', 'ieee']
+        return multiply(*args, **kwargs)
+
+    before = found()
+    monkeypatch.setattr(torch, 'bmm', product)
+    assert torch.equal(knn_index(query, candidates, 9, metric), expected)
+    assert found() == before and torch.get_float32_matmul_precision() == allowed
+
+
+def test_full_precision_lasts_until_the_last_thread_has_left(float32_precision, monkeypatch):
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with _common.full_float32():
+            inside.set()
+            leave.wait(10)
+
+    def found():
+        return [backend.fp32_precision for backend in float32_precision]
+
+    torch.set_float32_matmul_precision('medium')
+    allowed = found()
+    assert allowed == ['tf32', 'bf16']
+    thread = threading.Thread(target=other)
+    with pytest.raises(KeyError), _common.full_float32():
+        thread.start()
+        assert inside.wait(10) and found() == ['ieee', 'ieee']
+        raise KeyError
+    assert found() == ['ieee', 'ieee']
+    leave.set()
+    thread.join()
+    assert found() == allowed
+    monkeypatch.setattr(_common, '_has_fp32_precision', lambda: False)  # as with torch before 2.9
+    with _common.full_float32():
+        assert torch.get_float32_matmul_precision() == 'highest' and found() == ['ieee', 'ieee']
+    assert torch.get_float32_matmul_precision() == 'medium' and found() == allowed
 
 
 def test_knn_ties_go_to_the_lower_index():

@@ -1,6 +1,7 @@
 """What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, which derivatives."""
-from contextlib import AbstractContextManager, nullcontext
-from typing import Callable, Iterator, Optional, Tuple
+import threading
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.library
@@ -12,6 +13,7 @@ CHUNK_BYTES = 8 * 2 ** 20
 DEVICE_CHUNK_BYTES = 128 * 2 ** 20
 
 _library = torch.library.Library('convnn_timm', 'FRAGMENT')
+_float32_lock, _float32_users, _float32_before = threading.Lock(), 0, None
 
 
 def chunk_bytes(device: Optional[torch.device]) -> int:
@@ -51,6 +53,47 @@ def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()  # the other would stay in an exported network, which then fails under autocast
     return torch.autocast(x.device.type, enabled=False)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices as such, where the program allows TF32 or bfloat16 too: ranks depend on every bit.
+
+    The setting is the process's: of the threads inside the first changes it, and the last one to leave restores it.
+    """
+    global _float32_users, _float32_before
+    with _float32_lock:
+        if not _float32_users:
+            _float32_before = _matmul_precision()
+            _set_matmul_precision(['none' if one == 'none' else 'ieee' for one in _float32_before])
+        _float32_users += 1
+    try:
+        yield
+    finally:
+        with _float32_lock:
+            _float32_users -= 1
+            if not _float32_users:
+                _set_matmul_precision(_float32_before)
+
+
+def _matmul_precision() -> List[str]:
+    """How float32 matrices are multiplied on CUDA and on the CPU; before torch 2.9 on both. In full: 'ieee', 'none'."""
+    if _has_fp32_precision():
+        return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    return [torch.get_float32_matmul_precision().replace('highest', 'ieee')]
+
+
+def _set_matmul_precision(precision: List[str]) -> None:
+    if precision == _matmul_precision():
+        return
+    if _has_fp32_precision():
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = precision
+    else:
+        torch.set_float32_matmul_precision(precision[0].replace('ieee', 'highest'))
+
+
+def _has_fp32_precision() -> bool:
+    return hasattr(torch.backends.cuda.matmul, 'fp32_precision')
 
 
 def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:

@@ -10,7 +10,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ._common import batch_chunks, cast_under_autocast, no_autocast, once_differentiable, refuse_forward_mode, widen
+from ._common import (
+    batch_chunks, cast_under_autocast, full_float32, no_autocast, once_differentiable, refuse_forward_mode, widen)
 from .paths import choose
 from .reference import inverse_norm
 from .topk import can_sort_columns, column_scratch, topk_of_columns, topk_of_rows
@@ -156,30 +157,31 @@ def _knn(
     # For each query: first for its C numbers, in the candidates' dtype, then to sort the scores in.
     scratch_integers = max(ceil(C * width / 8), column_scratch(M, k) if by_column else 0)
     buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
-    for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers, query.device):
-        n, rows = b.stop - b.start, q.stop - q.start
-        if buffer is None:
-            buffer, scratch = candidates.new_empty(n * rows * M), index.new_empty(n * rows * scratch_integers)
-        s = buffer[:n * rows * M].view(n, rows, M)
-        wide = scratch.view(candidates.dtype)[:n * rows * C].view(n, rows, C).copy_(query[b, q])
-        if offset is None:
-            wide *= _has_direction(wide)
-        if by_column:
-            s = s.view(n, M, rows)
-            torch.bmm(candidates[b], wide.mT, out=s)
-            s = s.mT
-        else:
-            torch.bmm(wide, candidates[b].mT, out=s)
-        if offset is not None:
-            s += offset[b].unsqueeze(1)
-        own = None if exclude is None else _mask_excluded(s, exclude[q])
-        if by_column:
-            value, place = (x.view(k, n, rows).movedim(0, 2) for x in topk_of_columns(s.mT, k, scratch))
-        else:
-            value, place = (x.view(n, rows, k) for x in topk_of_rows(s.flatten(0, 1), k))
-        if own is not None:  # where there were no others
-            value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
-        score[b, q], index[b, q] = value, place
+    with full_float32():
+        for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers, query.device):
+            n, rows = b.stop - b.start, q.stop - q.start
+            if buffer is None:
+                buffer, scratch = candidates.new_empty(n * rows * M), index.new_empty(n * rows * scratch_integers)
+            s = buffer[:n * rows * M].view(n, rows, M)
+            wide = scratch.view(candidates.dtype)[:n * rows * C].view(n, rows, C).copy_(query[b, q])
+            if offset is None:
+                wide *= _has_direction(wide)
+            if by_column:
+                s = s.view(n, M, rows)
+                torch.bmm(candidates[b], wide.mT, out=s)
+                s = s.mT
+            else:
+                torch.bmm(wide, candidates[b].mT, out=s)
+            if offset is not None:
+                s += offset[b].unsqueeze(1)
+            own = None if exclude is None else _mask_excluded(s, exclude[q])
+            if by_column:
+                value, place = (x.view(k, n, rows).movedim(0, 2) for x in topk_of_columns(s.mT, k, scratch))
+            else:
+                value, place = (x.view(n, rows, k) for x in topk_of_rows(s.flatten(0, 1), k))
+            if own is not None:  # where there were no others
+                value = torch.where(place == exclude[q].unsqueeze(-1), own, value)
+            score[b, q], index[b, q] = value, place
     return score, index
 
 
