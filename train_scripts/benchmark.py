@@ -46,7 +46,8 @@ MODELS = {  # variants of each network: kind of layer and arguments
         'hybrid': ('convnn_branching', {})},
     'resnet18': {
         'conv2d': ('conv2d', {}), 'hybrid': ('convnn_branching', {}),
-        'hybrid random 64': ('convnn_branching', CANDIDATES['random 64'])}}
+        'hybrid random 64': ('convnn_branching', CANDIDATES['random 64']),
+        'hybrid as published': ('convnn_branching.cifar10', {})}}
 SHARES = 'Where the time of a training step goes'
 PROFILED = [(64, 64, 32), (512, 512, 4)]  # with most tokens of a CIFAR network, and most weights for its tokens
 SHOWN_OPS = 8
