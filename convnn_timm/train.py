@@ -145,7 +145,7 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
     bar.close()
     elapsed = mark - start
 
-    loss_mean = loss_sum.double() / seen
+    loss_mean = loss_sum / seen
     if setup.world_size > 1:
         loss_mean = utils.reduce_tensor(loss_mean, setup.world_size)
         for model in filter(None, [setup.model, setup.ema]):
@@ -172,7 +172,8 @@ def evaluate(
         Means over the images: cross-entropy ``loss``, ``top1`` and ``top5`` in percent; and the number of ``images``.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters(), torch.zeros(())).device)
+    device = next(model.parameters(), torch.zeros(())).device
+    batches = [torch.zeros(4, device=device)]
     with torch.inference_mode():
         for images, targets in loader:
             if channels_last:
@@ -181,8 +182,10 @@ def evaluate(
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), targets, reduction='sum')
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(images))]).double()
+            batches.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(images))]))
+    sums = torch.stack(batches).cpu().double().sum(0)  # not on every device there are doubles
     if dist.is_initialized():
+        sums = sums.to(device)
         dist.all_reduce(sums)
     loss, top1, top5, images = sums.tolist()
     return OrderedDict(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))

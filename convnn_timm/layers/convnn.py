@@ -219,8 +219,9 @@ class _ConvNN(NeighborLayer):
             lattices = self.lattices(size)
             index = [self._nearest_on(lattice, device).unsqueeze(0) for lattice in lattices]
             return in_output_order(lattices, index)
-        positions = centered_positions([n + 2 * self.padding for n in size], device)
-        return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values
+        able = device if device.type != 'mps' else None  # which has no doubles: on the CPU instead
+        positions = centered_positions([n + 2 * self.padding for n in size], able)
+        return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values.to(device)
 
     def _nearest_on(self, lattice: Lattice, device: torch.device) -> torch.Tensor:
         """(Q, K): the positions of one lattice that are nearest to its queries."""
