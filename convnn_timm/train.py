@@ -182,7 +182,7 @@ def evaluate(
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), targets, reduction='sum')
             hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-            batches.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(images))]))
+            batches.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(images))]))
     sums = torch.stack(batches).cpu().double().sum(0)  # not on every device there are doubles
     if dist.is_initialized():
         sums = sums.to(device)

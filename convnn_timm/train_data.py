@@ -178,12 +178,13 @@ class MemoryBatches:
             chance[:, 0] = (first + self.epoch % 2 / 2) % 1
         chance = chance.to(device)
         for i in order[self.rank::self.world_size].to(device).split(self.batch_size):
-            yield self._augment(self.images[i], corner[i], chance[i]), self.targets[i]
+            # As floats, for what timm converts on a CUDA stream of its own may be overwritten before it has done so.
+            yield self._augment(self.images[i].float(), corner[i], chance[i]), self.targets[i]
 
     def _augment(self, images: torch.Tensor, corner: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         if self.crop_padding:
             height, width = images.shape[2:]
-            padded = F.pad(images.float(), [self.crop_padding] * 4, self.crop_padding_mode)  # CUDA mirrors no integers
+            padded = F.pad(images, [self.crop_padding] * 4, self.crop_padding_mode)
             crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # all of them, as a view
             images = crops[torch.arange(len(images), device=images.device), :, corner[:, 0], corner[:, 1]]
         for dim, flip, value in zip((3, 2), self.flips, chance.unbind(1)):
@@ -281,6 +282,7 @@ def create_batches(
         interpolation=args.train_interpolation if augment and args.train_interpolation else interpolation,
         crop_pct=crop_pct,
         num_workers=args.workers,
+        pin_memory=device.type == 'cuda',
         distributed=train and world_size > 1,
         persistent_workers=False,  # so that each epoch's begin with the epoch's seed
         **normalize,

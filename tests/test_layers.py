@@ -849,6 +849,22 @@ def test_forward_refuses_a_map_with_fewer_tokens_than_k(layer_type):
         layer_type(3, 4, padding=0)(torch.ones(1, 3, 2, 4))
     with pytest.raises(ValueError, match='the sampling grid has 4 positions on a map of 4 x 4, but 8 neighbours'):
         layer_type(3, 4, sampling_type='spatial', num_samples=3, sample_padding=1)(torch.ones(1, 3, 4, 4))
+    with pytest.raises(ValueError, match='the sampling grid has 0 positions on a map of 4 x 4'):
+        layer_type(3, 4, sampling_type='spatial', num_samples=3, sample_padding=9)(torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize('layer_type', [ConvNNAttention1d, ConvNNAttention2d])
+@pytest.mark.parametrize('K', [1, 4])
+def test_attention_learns_with_all_parameters_that_ask_for_gradients(layer_type, K):
+    """Or DistributedDataParallel refuses the second step. Without others the projections that compare learn nothing."""
+    layer = layer_type(3, 4, K=K)
+    layer(torch.randn(2, 3, *(6,) * layer.axes)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in layer.parameters())
+    assert layer.w_q.weight.requires_grad == (K > 1)
+
+
+def test_what_is_remembered_is_not_made_in_a_cuda_graph():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.convnn_timm.neighbors_by_location.default.tags
 
 
 def test_branching_refuses_a_map_that_its_branches_would_size_differently():

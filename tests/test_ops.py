@@ -1,4 +1,5 @@
 """Every op against its definition in ops/reference.py: values, indices and gradients."""
+import subprocess
 import sys
 import threading
 
@@ -162,10 +163,29 @@ def test_full_precision_lasts_until_the_last_thread_has_left(float32_precision, 
     leave.set()
     thread.join()
     assert found() == allowed
-    monkeypatch.setattr(_common, '_has_fp32_precision', lambda: False)  # as with torch before 2.9
+    monkeypatch.setattr(_common, '_matmul_backends', lambda: [_common._AllBackends()])  # as with torch before 2.9
     with _common.full_float32():
         assert torch.get_float32_matmul_precision() == 'highest' and found() == ['ieee', 'ieee']
     assert torch.get_float32_matmul_precision() == 'medium' and found() == allowed
+
+
+def test_full_precision_leaves_a_wider_setting_in_force():
+    """(In a process of its own: torch takes none of these settings back.)"""
+    code = """
+import torch
+from convnn_timm.ops._common import full_float32
+
+def found():
+    return [backend.fp32_precision for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+torch.backends.fp32_precision = 'tf32'
+with full_float32():
+    assert found() == ['ieee', 'ieee']
+assert found() == ['tf32', 'tf32']
+torch.backends.fp32_precision = 'ieee'
+assert found() == ['ieee', 'ieee']
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_knn_ties_go_to_the_lower_index():

@@ -564,6 +564,7 @@ def test_crop_padding(flags, tmp_path, cache, mode):
 def test_images_are_flipped_in_every_other_epoch():
     images = torch.rand(400, 1, 1, 2).mul(255).byte()
     batches = MemoryBatches(images, torch.arange(400), 100, train=True, hflip=0.5, hflip_mode='alternate', seed=1)
+    assert all(batch.dtype == torch.float32 for batch, _ in batches)  # whole ones, too: timm has nothing to convert
     flipped = []
     for epoch in range(4):
         batches.set_epoch(epoch)

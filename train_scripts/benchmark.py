@@ -27,6 +27,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 
 import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import ConvNN2d
@@ -216,7 +217,8 @@ def time_shares(case: str, contender: str, step: Step, device: torch.device) -> 
     with torch.profiler.profile(activities=kinds) as profile:
         step()
     field = 'self_device_time_total' if device.type == 'cuda' else 'self_cpu_time_total'
-    spent = {event.key.removeprefix('aten::'): getattr(event, field) for event in profile.key_averages()}
+    operators = [event for event in profile.key_averages() if event.device_type == DeviceType.CPU]  # not kernels too
+    spent = {event.key.removeprefix('aten::'): getattr(event, field) for event in operators}
     most = sorted(spent, key=spent.get, reverse=True)[:SHOWN_OPS]
     shares = [f'{name} {spent[name] / sum(spent.values()):.0%}' for name in most]
     return {'case': case, 'contender': contender, 'share of the time': ', '.join(shares)}
@@ -365,6 +367,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error('--repetitions must be at least 2')
     if args.device.type == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no GPU here')
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)
     if args.quick:
         args.batch_size = args.model_batch_size = args.repetitions = 2
     args.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format

@@ -74,6 +74,9 @@ class _ConvNNAttention(NeighborLayer):
         self.w_q = conv(C, C, 1, bias=False, **dd)
         self.w_k = conv(C, C, 1, bias=False, **dd)
         self.w_v = conv(C, C, 1, bias=False, **dd)
+        if K == 1:  # itself alone, which no score can change: they learn nothing
+            self.w_q.requires_grad_(False)
+            self.w_k.requires_grad_(False)
         self.attention_dropout = attention_dropout
         self.attn_drop = nn.Dropout(attention_dropout)
         # Depthwise, one weight per channel and neighbour rank.
@@ -124,7 +127,7 @@ class _ConvNNAttention(NeighborLayer):
         return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, M, C) at some positions, projected to be compared: in full precision under autocast too."""
+        """Tokens (B, M, C) at some positions, projected to be compared: in float32 under autocast too."""
         x = tokens.index_select(1, positions).transpose(1, 2)
         if x.dtype != projection.weight.dtype:  # or torch.export would insist on it
             x = x.to(projection.weight.dtype)

@@ -7,6 +7,7 @@ import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 
 __all__ = [
     'SAMPLING_TYPES', 'Lattice', 'candidate_positions', 'ceil_div', 'in_output_order', 'inner_positions', 'lattices',
@@ -119,13 +120,8 @@ def unpadded_positions(
         padding: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Raster indices, in the unpadded map, of positions (M,) of the padded one, and whether they lie in it."""
-    place, inside, pitch = 0, torch.ones_like(positions, dtype=torch.bool), 1
-    for n in reversed(size):
-        step = positions % (n + 2 * padding) - padding
-        inside = inside & (step >= 0) & (step < n)
-        place = place + step * pitch
-        positions, pitch = positions // (n + 2 * padding), pitch * n
-    return torch.where(inside, place, 0), inside
+    places = F.pad(_raster(size, positions.device), [padding] * (2 * len(size)), value=-1).flatten()[positions]
+    return places.clamp_min(0), places >= 0
 
 
 def candidate_positions(
@@ -173,12 +169,14 @@ def _without_equal_padding(lattice: Lattice, k: int, device: Optional[torch.devi
     row, width = lattice.size[-1], lattice.inner_size[-1]
     rows = lattice.inner_size[0] if len(first) == 2 else 1
     before = first[0] * row + first[1] if len(first) == 2 else first[0]
+    inner = _span(lattice.padded_size, lattice.inner, device)
+    if k <= before:  # on all but the smallest maps
+        return torch.cat([lattice.positions(torch.arange(k, device=device)), inner])
     gap = row - width
     pad = torch.arange(min(k, lattice.tokens - rows * width), device=device)
     passed = ((pad - before) // max(gap, 1)).clamp(0, rows - 1) if gap else rows - 1  # gaps
     pad = torch.where(pad < before, pad, pad + width * (passed + 1))
-    positions = torch.cat([lattice.positions(pad), _span(lattice.padded_size, lattice.inner, device)])
-    return positions if k <= before else positions.sort().values  # the former on all but the smallest maps
+    return torch.cat([lattice.positions(pad), inner]).sort().values
 
 
 def _grid(
@@ -193,8 +191,8 @@ def _grid(
     axes = []
     for n in size:
         first, last = sample_padding, n - 1 - sample_padding
-        count = min(num_samples, last - first + 1)
-        axes.append([first + i * (last - first) // max(count - 1, 1) for i in range(count)])
+        count = max(0, min(num_samples, last - first + 1))
+        axes.append(first + torch.arange(count, device=device) * (last - first) // max(count - 1, 1))
     found = torch.Size(len(axis) for axis in axes).numel()
     if found < k:
         steps, lower = '', ' or K'
@@ -204,20 +202,18 @@ def _grid(
             f'the sampling grid has {found} positions on a map of {" x ".join(map(str, size))}{steps}, but {k} '
             f'neighbours are to be selected: raise num_samples={num_samples}, or lower '
             f'sample_padding={sample_padding}{lower}')
-    axes = [steps.start + steps.step * torch.tensor(axis, device=device) for steps, axis in zip(spanned, axes)]
-    return _raster(lattice.padded_size, axes)
+    axes = [steps.start + steps.step * axis for steps, axis in zip(spanned, axes)]
+    return _raster(lattice.padded_size, device)[torch.meshgrid(*axes, indexing='ij')].flatten()
 
 
 def _span(size: Sequence[int], axes: Sequence[Steps], device: Optional[torch.device]) -> torch.Tensor:
-    return _raster(size, [torch.arange(*steps, device=device) for steps in axes])
-
-
-def _raster(size: Sequence[int], axes: Sequence[torch.Tensor]) -> torch.Tensor:
     """Raster indices, in a map of that size, of the positions that `axes` span."""
-    index = torch.zeros((), dtype=torch.int64, device=axes[0].device)
-    for n, axis in zip(size, axes):
-        index = index.unsqueeze(-1) * n + axis
-    return index.flatten()
+    return _raster(size, device)[tuple(slice(*steps) for steps in axes)].flatten()
+
+
+def _raster(size: Sequence[int], device: Optional[torch.device]) -> torch.Tensor:
+    """A map of that size whose values are its raster indices."""
+    return torch.arange(torch.Size(size).numel(), device=device).view(*size)
 
 
 def _scrambled(n: int, device: Optional[torch.device]) -> torch.Tensor:

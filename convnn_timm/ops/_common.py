@@ -1,7 +1,7 @@
 """What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, which derivatives."""
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.library
@@ -13,7 +13,7 @@ CHUNK_BYTES = 8 * 2 ** 20
 DEVICE_CHUNK_BYTES = 128 * 2 ** 20
 
 _library = torch.library.Library('convnn_timm', 'FRAGMENT')
-_float32_lock, _float32_users, _float32_before = threading.Lock(), 0, None
+_float32_lock, _float32_users, _float32_before = threading.Lock(), 0, []
 
 
 def chunk_bytes(device: Optional[torch.device]) -> int:
@@ -62,10 +62,13 @@ def full_float32() -> Iterator[None]:
     The setting is the process's: of the threads inside the first changes it, and the last one to leave restores it.
     """
     global _float32_users, _float32_before
+    backends = _matmul_backends()
     with _float32_lock:
         if not _float32_users:
-            _float32_before = _matmul_precision()
-            _set_matmul_precision(['none' if one == 'none' else 'ieee' for one in _float32_before])
+            _float32_before = [backend.fp32_precision for backend in backends]
+            for backend, before in zip(backends, _float32_before):
+                if before not in ('ieee', 'none'):
+                    backend.fp32_precision = 'ieee'
         _float32_users += 1
     try:
         yield
@@ -73,27 +76,29 @@ def full_float32() -> Iterator[None]:
         with _float32_lock:
             _float32_users -= 1
             if not _float32_users:
-                _set_matmul_precision(_float32_before)
+                for backend, before in zip(backends, _float32_before):
+                    for value in 'none', before:  # none of its own, if it was that of a wider setting
+                        if backend.fp32_precision != before:
+                            backend.fp32_precision = value
 
 
-def _matmul_precision() -> List[str]:
-    """How float32 matrices are multiplied on CUDA and on the CPU; before torch 2.9 on both. In full: 'ieee', 'none'."""
-    if _has_fp32_precision():
-        return [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
-    return [torch.get_float32_matmul_precision().replace('highest', 'ieee')]
+class _AllBackends:
+    """How torch before 2.9 multiplies float32 matrices, on any device, in the words of later ones."""
+
+    @property
+    def fp32_precision(self) -> str:
+        return torch.get_float32_matmul_precision().replace('highest', 'ieee')
+
+    @fp32_precision.setter
+    def fp32_precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision('highest' if value in ('ieee', 'none') else value)
 
 
-def _set_matmul_precision(precision: List[str]) -> None:
-    if precision == _matmul_precision():
-        return
-    if _has_fp32_precision():
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = precision
-    else:
-        torch.set_float32_matmul_precision(precision[0].replace('ieee', 'highest'))
-
-
-def _has_fp32_precision() -> bool:
-    return hasattr(torch.backends.cuda.matmul, 'fp32_precision')
+def _matmul_backends() -> List[Any]:
+    """What has the settings, one for each type of device."""
+    if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+        return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    return [_AllBackends()]
 
 
 def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:
