@@ -27,7 +27,7 @@ from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
 
-# Data sets by the tag that names them: identifier on the Hub, name, and what the split to evaluate on is called there.
+# Data sets by what the tag begins with, before an underscore: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
     'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
     'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),
@@ -176,7 +176,7 @@ class Card:
     def on_the_hub(self) -> Tuple[str, str, str]:
         """The data set, as in `DATASETS`."""
         tag = self.evaluation['tag']
-        return DATASETS.get(tag, (tag, tag, self.evaluation['split']))
+        return DATASETS.get(tag.partition('_')[0], (tag, tag, self.evaluation['split']))
 
     @property
     def dataset(self) -> str:
@@ -356,8 +356,9 @@ def training(card: Card) -> str:
     if args['holdout']:
         on += f', without {args["holdout"]} of the training images, which were held out'
     if card.recipe:
+        expected = {**defaults(), **card.recipe, 'num_classes': args['num_classes']}  # which come from the data
         changed = [
-            f'`{key}: {args[key]}`' for key, value in card.recipe.items() if args.get(key, value) != value]
+            f'`{key}: {value}`' for key, value in args.items() if key not in PLACES and value != expected.get(key)]
         on += f', by training/recipe.yaml {"with " + ", ".join(changed) if changed else "unchanged"}'
     if args['initial_checkpoint']:
         on += f', from the weights in `{Path(args["initial_checkpoint"]).name}`'

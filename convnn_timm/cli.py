@@ -125,7 +125,7 @@ def build_parser() -> Parser:
         'export output/my-run --tag cifar10\n'
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
-    sub.add_argument('--tag', required=True, help='what it was trained on; the weight is called <architecture>.TAG')
+    sub.add_argument('--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is called <architecture>.TAG')
     sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
     sub.add_argument(
         '--twin', type=Path, metavar='RUN',
@@ -179,7 +179,7 @@ def build_parser() -> Parser:
     sub = add(
         'stats', stats, 'measure where the layers of a network look, between convolution and attention',
         'stats data/validation --model local-dir:output/my-run/model\n'
-        'stats photos/ --model resnet18_convnn_branching -o untrained --limit 64')
+        'stats photos/ --model resnet34_convnn_branching -o untrained --limit 64')
     sub.add_argument('images', type=Path, metavar='IMAGE_FOLDER', help='folder to search for images')
     sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
     sub.add_argument(

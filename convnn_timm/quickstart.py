@@ -2,7 +2,7 @@
 
 The photographs come with packages that this one needs, the trained network from the checkout or the Hub; where it
 cannot be had, they are left out. The digits are real scans that come with scikit-learn (`load_digits`: 1,797 scans of
-8x8, from 43 writers; the writers of the held-out scans are those of the training scans). It all lands in one folder:
+8x8, from 13 writers; the writers of the held-out scans are those of the training scans). It all lands in one folder:
 
     photographs.png                               photographs with what the pretrained network takes them for
     digits/{train,validation}/<digit>/NNNN.png    the scans

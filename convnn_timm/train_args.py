@@ -59,7 +59,7 @@ HELP = dict(
             'the validation set is not read',
     cache='keep decoded images in memory if a split takes less than 1 GB and --crop-padding and flips are all '
           'that is done to them',
-    model_kwargs='e.g. K=5 sampling_type=random',
+    model_kwargs='e.g. K=5 sampling_type=random num_samples=32',
     convert='replace convolutions of the model, after its weights are loaded: arguments of convnn_timm.convert, e.g. '
             'layer=convnn_branching where=layer3.*,layer4.* K=9',
     initial_checkpoint='weights to start from',

@@ -429,6 +429,7 @@ def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), 'train_sizes': [8, 12]}))
     hub.write_card(card, NAME)
     assert '\n| train_sizes | 8 12 |\n' in (card / 'README.md').read_text()
+    assert re.search(r'by training/recipe\.yaml with .*`train_sizes: \[8, 12\]`', (card / 'README.md').read_text())
 
 
 @pytest.mark.parametrize('crop_padding, rows', [
@@ -452,6 +453,13 @@ def test_a_card_without_twin_recipe_classes_or_known_data(card):
     text = (card / 'README.md').read_text()
     assert 'twin' not in text and 'recipe' not in text and 'None' not in text and 'Trained on noise.' in text
     assert ModelCard.load(card / 'README.md').data.datasets is None
+
+
+def test_a_tag_may_tell_weights_of_the_same_data_apart(card):
+    rewrite(card / 'training' / 'evaluation.json', tag='cifar10_mine')
+    hub.write_card(card, NAME)
+    assert ModelCard.load(card / 'README.md').data.datasets == ['uoft-cs/cifar10']
+    assert 'Trained on CIFAR-10 (made of noise).' in (card / 'README.md').read_text()
 
 
 def test_a_converted_network_is_published_with_its_own_licence_and_start(

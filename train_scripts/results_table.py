@@ -40,8 +40,8 @@ SEARCH_HEADER = """# A hybrid that trains well
 Short runs that choose the form of the branching layers and the recipe of the published weights, judged on some of the 50,000 training
 images, which are *held out* of the training (`--holdout`); the test set is not read. ResNet-18 whose first stage has `width` channels
 instead of 64, otherwise as the recipe `cifar10` was. Compare runs that differ in one column. *Small images*: sides in the first epochs
-(`--train-sizes`). *Augmentation*: besides crops by up to 4 pixels and flips. *Epochs*: where they begin with another run's weights,
-after those of that run. Written by `python train_scripts/results_table.py`.
+(`--train-sizes`). *Augmentation*: besides crops by up to 4 pixels and flips. *Epochs*: `3 after h32_base` are
+three that start from the final weights of that run. Written by `python train_scripts/results_table.py`.
 
 The runs with 25,000 images held out ask what helps a network that knows its own images far better than others, as after a whole
 training: half the images for half the width, and more epochs.

@@ -39,7 +39,7 @@ class _ConvNNAttention(NeighborLayer):
         attention_dropout: Dropout of the attention weights in training.
         bias: Learn a bias in the depthwise and the 1x1 convolution.
 
-    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle.
 
     Raises:
         ValueError: As `ConvNN2d` does.

@@ -55,7 +55,7 @@ class _ConvNN(NeighborLayer):
             that the layer starts as a 1x1 convolution and learns to use its neighbours.
         bias: Learn a bias.
 
-    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)).
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle.
 
     Raises:
         ValueError: At construction for invalid arguments; in forward for a wrong rank or number of channels, a map not
