@@ -107,7 +107,9 @@ def test_available_paths_gives_every_reason(cpu_machine):
 
 
 def test_available_paths_says_how_to_turn_triton_on(runs_triton):
-    assert available_paths()[1].usable and 'CONVNN_TIMM_OPS=triton' in available_paths()[1].reason
+    assert available_paths()[1].usable and 'off unless CONVNN_TIMM_OPS=triton' in available_paths()[1].reason
+    with use_path('triton'):
+        assert available_paths()[1].reason.startswith('chosen, ')
 
 
 def test_the_environment_variable_sets_the_first_choice(monkeypatch, cpu_machine):

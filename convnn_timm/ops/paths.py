@@ -98,7 +98,8 @@ def can_run_triton_neighbor_conv(x: torch.Tensor, weight: torch.Tensor, groups: 
 def available_paths() -> List[OpPath]:
     """The paths of `knn` and `neighbor_conv` on this machine, the default one first."""
     missing = _no_triton()
-    triton = missing or 'not timed on a GPU yet, so off unless CONVNN_TIMM_OPS=triton'
+    chosen = 'chosen, though' if _wanted == 'triton' else 'off unless CONVNN_TIMM_OPS=triton:'
+    triton = missing or f'{chosen} not timed on a GPU yet'
     paths = []
     for op in ('knn', 'neighbor_conv'):
         paths.append(OpPath(op, 'torch', True, 'plain PyTorch, any device, memory bounded by chunks; the default'))
