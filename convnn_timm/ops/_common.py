@@ -17,8 +17,9 @@ _float32_lock, _float32_users, _float32_before = threading.Lock(), 0, []
 
 
 def chunk_bytes(device: Optional[torch.device]) -> int:
-    """The budget of one step on a device, the CPU if it is None."""
-    return CHUNK_BYTES if device is None or torch.device(device).type == 'cpu' else DEVICE_CHUNK_BYTES
+    """The budget of one step on a device, the CPU if it is None. (Nothing is computed on meta, which counts as one.)"""
+    on_cpu = device is None or torch.device(device).type in ('cpu', 'meta')
+    return CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES
 
 
 def batch_chunks(
