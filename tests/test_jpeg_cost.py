@@ -59,3 +59,4 @@ def test_the_committed_table_is_of_the_whole_data(script):
     table = (RESULTS / 'jpeg_cost.md').read_text()
     assert f'{script.EPOCHS} epochs on 50,000 images' in table and 'on all 10,000 test images' in table
     assert f'| {script.ORIGINAL:.2f} |' in table
+    assert re.search(r'- commit: [0-9a-f]{40}\n- uncommitted_changes: False\n', table)
