@@ -27,7 +27,8 @@ from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
 
-# Data sets by what the tag begins with, before an underscore: identifier on the Hub, name, and what the split to evaluate on is called there.
+# Data sets by what the tag begins with, before an underscore: identifier on the Hub, name, and what the split to
+# evaluate on is called there.
 DATASETS = {
     'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
     'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),

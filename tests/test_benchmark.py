@@ -155,6 +155,10 @@ def test_wrong_flags(benchmark, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_the_cpu_may_have_a_number(benchmark):
+    assert benchmark.parse(['--device', 'cpu:0']).device == torch.device('cpu:0')
+
+
 def test_a_run(benchmark, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, 'RESULTS', tmp_path / 'benchmarks')
     monkeypatch.setattr(benchmark, 'LAYERS', [(4, 4, 4)] * 6)

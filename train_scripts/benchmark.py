@@ -367,7 +367,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error('--repetitions must be at least 2')
     if args.device.type == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no GPU here')
-    if args.device.index is not None:
+    if args.device.type == 'cuda' and args.device.index is not None:
         torch.cuda.set_device(args.device)
     if args.quick:
         args.batch_size = args.model_batch_size = args.repetitions = 2
