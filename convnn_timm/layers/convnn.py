@@ -304,7 +304,7 @@ class ConvNN2d(_ConvNN):
     axes = 2
 
 
-# What it remembers outlives a CUDA graph, whose memory it would be if it were recorded in one. (Older torch has no tag.)
+# What it remembers outlives a CUDA graph, whose memory that would be if it were found in one. (Older torch has no tag.)
 @torch.library.custom_op(
     'convnn_timm::neighbors_by_location', mutates_args=(),
     tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, 'cudagraph_unsafe') else [])
