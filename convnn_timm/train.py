@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from timm import utils
 from timm.data import Mixup, resolve_data_config
 from timm.loss import create_classification_loss
@@ -40,9 +38,10 @@ from .conversion import convert
 from .errors import UserError
 from .macs import count_macs
 from .models._common import unknown_model
-from .train_args import UsageError, build_parser, find_recipe, parse_args
+from .train_args import UsageError, build_parser, parse_args
 from .train_data import check_classes, create_batches, create_parts, epoch_seed, stop_crops
-from .train_folder import Saver, describe, draw_curve, environment, open_run, read_summary, recorded, run_folder
+from .train_folder import (
+    Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, unfinished)
 
 __all__ = ['UsageError', 'build_parser', 'evaluate', 'main', 'parse_args', 'train']
 
@@ -121,6 +120,7 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
                 clip_grad=args.clip_grad or None,
                 clip_mode=args.clip_mode,
                 parameters=model_parameters(setup.model, exclude_head='agc' in args.clip_mode),
+                create_graph=getattr(setup.optimizer, 'is_second_order', False),
                 need_update=update,
             )
         loss_sum += loss.detach() * len(images)
@@ -208,15 +208,16 @@ def explained():
         yield
     except UsageError:
         raise
-    except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(' '.join(str(error).split()) or type(error).__name__) from error
 
 
-def create_model(args: argparse.Namespace) -> nn.Module:
-    """Create the model of the arguments, converted if they say so."""
+def create_model(args: argparse.Namespace, resumed: bool = False) -> nn.Module:
+    """Create the model of the arguments, converted if they say so. A resumed run needs no weights from a file."""
+    weights = '' if resumed else args.initial_checkpoint
     if ':' not in args.model and not timm.is_model(args.model):
         raise UsageError(unknown_model(args.model))
-    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
+    if weights and not os.path.isfile(weights):
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file')
     try:
         model = timm.create_model(
@@ -227,14 +228,14 @@ def create_model(args: argparse.Namespace) -> nn.Module:
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
             global_pool=args.gp,
-            checkpoint_path=args.initial_checkpoint,
+            checkpoint_path=weights,
             **args.model_kwargs,
         )
         if args.convert:
             _logger.info(convert(model, **args.convert))
         return model
     except RuntimeError as error:
-        if not args.initial_checkpoint:
+        if not weights:
             raise
         raise UsageError(
             f'--initial-checkpoint {args.initial_checkpoint}: {" ".join(str(error).split())} (the model of a run with '
@@ -354,7 +355,6 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
         eval_part.indices = eval_part.indices[rank::world_size]
         args.num_classes = args.num_classes or (len(names) if names else None)
         checkpoint = open_run(args, rank)
-        folder = run_folder(args)
         if device.type == 'cuda':
             torch.set_float32_matmul_precision('high')
             torch.backends.cudnn.benchmark = True
@@ -362,7 +362,7 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             warn_of_emulation(args)
 
         utils.random_seed(args.seed)  # before the weights are drawn, and the same in every process
-        model = create_model(args)
+        model = create_model(args, resumed=bool(checkpoint))
         if names and len(names) > model.num_classes:
             raise UsageError(f'the data has {len(names)} classes, --num-classes is {model.num_classes}')
         data_config = create_data_config(args, model)
@@ -383,15 +383,6 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             raise UsageError(f'{len(train_part)} training images do not fill a batch: choose a smaller --batch-size')
 
         setup, epochs = create_setup(args, model, len(train_loader), device, rank, world_size)
-        saver = Saver(
-            model,
-            setup.optimizer,
-            args,
-            model_ema=setup.ema,
-            amp_scaler=setup.scaler if setup.scaler.enabled else None,
-            checkpoint_dir=str(folder),
-            max_history=args.checkpoint_hist,
-        )
         start = 0
         if checkpoint:
             start = resume_checkpoint(model, checkpoint, setup.optimizer, setup.scaler, log_info=False)
@@ -408,25 +399,20 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             setup.forward = DistributedDataParallel(
                 setup.forward, device_ids=[device] if device.type == 'cuda' else None)
 
+        own = rank == 0 and begin_run(args, checkpoint, start, description)
+        folder = run_folder(args)
+        saver = Saver(
+            model,
+            setup.optimizer,
+            args,
+            model_ema=setup.ema,
+            amp_scaler=setup.scaler if setup.scaler.enabled else None,
+            checkpoint_dir=str(folder),
+            max_history=args.checkpoint_hist,
+        )
+        if own:
+            saver.load_state_dict_from_checkpoint(checkpoint)
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            source = Path(checkpoint).parent if checkpoint else folder
-            if checkpoint and not source.samefile(folder):  # so that the new run, too, can go on from the first moment
-                torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
-                os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
-                parts = [
-                    file for file in source.glob('environment*.json')
-                    if int(file.stem.partition('-')[2] or 0) <= start]
-                for file in *source.glob('summary.csv'), *parts:
-                    shutil.copy(file, folder)
-            utils.trim_summary(folder / 'summary.csv', start)
-            if checkpoint and source.samefile(folder):
-                saver.load_state_dict_from_checkpoint(checkpoint)
-            else:
-                (folder / 'args.yaml').write_text(yaml.safe_dump(recorded(args), sort_keys=False))
-                (folder / 'model.txt').write_text(description)
-                if args.config:
-                    (folder / 'recipe.yaml').write_text(find_recipe(args.config).read_text())
             if start < epochs:
                 record = folder / (f'environment-{start}.json' if start else 'environment.json')
                 record.write_text(json.dumps(environment(args, command), indent=2) + '\n')
@@ -475,7 +461,7 @@ def evaluate_run(args: argparse.Namespace) -> Dict[str, float]:
     """Evaluate the model folder of a finished run, on the images that the run was evaluated on."""
     folder, rows = Path(args.evaluate) / 'model', read_summary(Path(args.evaluate))
     if not (folder / 'config.json').is_file() or not rows:
-        raise UsageError(f'{args.evaluate} is not finished: -c {args.evaluate}/args.yaml --resume auto continues it')
+        raise UsageError(unfinished(Path(args.evaluate)))
     with explained():
         device = torch.device(args.device)
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
@@ -519,7 +505,7 @@ def main(argv: Optional[Sequence[str]] = None, command: str = 'convnn-timm train
     except UserError as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
     except KeyboardInterrupt:
-        if args and not args.evaluate and (record := run_folder(args) / 'args.yaml').is_file():
+        if args and not args.evaluate and args.experiment and (record := run_folder(args) / 'args.yaml').is_file():
             record = shlex.quote(str(record))
             raise SystemExit(f'interrupted; continue with: convnn-timm train -c {record} --resume auto')
         raise SystemExit('interrupted')

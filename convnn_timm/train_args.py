@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import importlib.resources
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -23,6 +24,8 @@ EXAMPLES = """Train an image classifier. The flags are timm's; the new or differ
     convnn-timm train --evaluate output/RUN
     convnn-timm train --model resnet50 --pretrained --convert 'where=layer3.*' branch_ratio=0.25 --data-dir flowers/
 """
+
+_logger = logging.getLogger(__name__)
 
 # Every flag with its default, timm's where timm has the flag; a type stands for no default.
 ARGUMENTS = {
@@ -59,6 +62,7 @@ HELP = dict(
             'the validation set is not read',
     cache='keep decoded images in memory if a split takes less than 1 GB and --crop-padding and flips are all '
           'that is done to them',
+    model='a network of timm; `convnn-timm list` names those with ConvNN',
     model_kwargs='e.g. K=5 sampling_type=random num_samples=32',
     convert='replace convolutions of the model, after its weights are loaded: arguments of convnn_timm.convert, e.g. '
             'layer=convnn_branching where=layer3.*,layer4.* K=9',
@@ -146,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
             if name == 'torchcompile':
                 options['const'] = 'inductor'
             group.add_argument(*filter(None, [SHORT.get(name)]), '--' + name.replace('_', '-'), **options)
+            if name == 'no_aug':
+                group.add_argument(
+                    '--aug', dest=name, action='store_false', default=default, help='undoes --no-aug of a recipe')
     return parser
 
 
@@ -214,16 +221,30 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('-c', '--config', default='')
     first.add_argument('--evaluate', default='')
+    for name in 'experiment', 'img-size', 'input-size', 'model-kwargs', 'output', 'resume':
+        first.add_argument('--' + name, nargs='*')
     given, _ = first.parse_known_args(argv)
-    recipe = given.config or (os.path.join(given.evaluate, 'args.yaml') if given.evaluate else '')
-    if given.evaluate and not os.path.isfile(os.path.join(given.evaluate, 'args.yaml')):
+    record = os.path.join(given.evaluate, 'args.yaml') if given.evaluate else ''
+    if record and not os.path.isfile(record):
         raise UsageError(f'{given.evaluate} is no run folder: it has no args.yaml')
-    if recipe:
-        parser.set_defaults(**read_recipe(recipe, list(vars(parser.parse_args([])))))
+    if given.config or record:
+        recipe = read_recipe(given.config or record, list(vars(parser.parse_args([]))))
+        file = Path(given.config)
+        if file.name == 'args.yaml' and given.resume == ['auto'] and not (given.experiment or given.output):
+            folder = file.parent if file.parent.name else file.parent.resolve()
+            recipe.update(output=str(folder.parent), experiment=folder.name)  # of the run, wherever it is now
+        if given.model_kwargs is not None:
+            names = [word.partition('=')[0] for word in given.model_kwargs]
+            lost = [f'{key}={value}' for key, value in (recipe.get('model_kwargs') or {}).items() if key not in names]
+            if lost:
+                _logger.warning(f'--model-kwargs replaces those of the recipe, which had {" ".join(lost)} too')
+        parser.set_defaults(**recipe)
     try:
         args = parser.parse_args(argv)
     except ValueError as error:
         parser.error(f'--model-kwargs, --opt-kwargs and --convert take KEY=VALUE ... ({error})')
+    if given.img_size and not given.input_size and args.input_size:  # a recipe's, which timm prefers
+        args.input_size = [args.input_size[0], args.img_size, args.img_size]
     args.data_dir = args.data or args.data_dir
     if not args.data_dir:
         parser.error('which images? --data-dir DIR, a folder with train/<class>/ and validation/<class>/ in it')
@@ -246,6 +267,8 @@ def check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             value = getattr(args, name)
             if not all(number is None or fits(number) for number in (value if isinstance(value, list) else [value])):
                 parser.error(f'--{name.replace("_", "-")} must be {words}, got {value}')
+    if args.crop_off_epoch and args.crop_padding is None:
+        parser.error('--crop-off-epoch turns off the crops of --crop-padding, which is not given')
     if args.opt_betas and len(args.opt_betas) < 2:
         parser.error(f'--opt-betas must be two numbers or more, got {args.opt_betas}')
     if (args.mixup or args.cutmix) and args.batch_size % 2:

@@ -12,6 +12,7 @@ from timm.data import create_dataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from .images import image_mode, read_image
 from .train_args import UsageError
@@ -21,6 +22,10 @@ __all__ = [
     'stop_crops']
 
 _logger = logging.getLogger(__name__)
+
+# Data sets whose images can be read in any order, and what timm calls a split to evaluate on.
+SOURCES = ('torch', 'hfds')
+EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 # A split is kept decoded in memory if it takes less than this.
 MEMORY_LIMIT = 2 ** 30
@@ -69,22 +74,31 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
 
 def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
     """Open one split of the data."""
-    if args.dataset and '/' not in args.dataset:
+    source = args.dataset.partition('/')[0].lower()
+    if args.dataset and (source == args.dataset.lower() or source not in SOURCES):
         raise UsageError(
-            f'--dataset {args.dataset}: name it with its source, e.g. torch/{args.dataset}; for folders of images '
-            'leave it out')
+            f'--dataset {args.dataset}: name it with its source, e.g. torch/cifar10 or hfds/uoft-cs/cifar10; for folders '
+            'of images leave it out')
+    if '[' in split and source != 'hfds':
+        raise UsageError(f'{split!r}: only hfds/ data sets have parts of a split; --holdout evaluates on a part')
     if not args.dataset and not os.path.isdir(args.data_dir):
         raise UsageError(f'there is no folder {args.data_dir}')
     dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
     dataset.input_img_mode = image_mode(args.input_size[0] if args.input_size else 3)  # torchvision's has none
     # Where a folder lacks the split, timm opens all of it, training and test images together.
-    if not args.dataset and os.path.samefile(dataset.reader.root, args.data_dir):
+    folder = dataset if type(dataset) is ImageFolder else None if args.dataset else dataset.reader
+    if folder and os.path.samefile(folder.root, args.data_dir):
         raise UsageError(f'{args.data_dir} has no folder {split!r}: see --train-split, --val-split and --holdout')
+    # Of torchvision's data sets that have two it opens the one to evaluate on for each name that it does not know.
+    if getattr(dataset, 'train', None) is False and split not in EVAL_SPLITS:
+        raise UsageError(f'{args.dataset} has no split {split!r}: it has train and validation')
     return dataset
 
 
 def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their numbers."""
+    if classes := getattr(dataset, 'classes', None):  # torchvision's; those of ImageNet have several names each
+        return [name if isinstance(name, str) else ', '.join(name) for name in classes]
     numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     return sorted(numbers, key=numbers.get) if numbers else None
 
@@ -233,12 +247,13 @@ def create_batches(
     if crop_padding and args.crop_padding_mode == 'reflect' and crop_padding >= min(size[1:]):
         raise UsageError(f'--crop-padding {crop_padding}: images of {size[1]}x{size[2]} cannot be mirrored so far')
     erase = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount) if augment else {}
+    # timm's training without augmentation distorts images that are not square; crops are of whole, undistorted ones.
     plain = create_transform(
         size,
-        is_training=train,
+        is_training=train and crop_padding is None,
         no_aug=True,
         interpolation=interpolation,
-        crop_pct=crop_pct,
+        crop_pct=1. if train else crop_pct,
         use_prefetcher=True,
     )
 

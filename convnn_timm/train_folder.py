@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import subprocess
 from datetime import datetime
 from importlib.metadata import version
@@ -12,14 +13,17 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import yaml
 from timm import utils
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from .macs import count_macs, count_parameters
-from .train_args import UsageError, defaults
+from .train_args import UsageError, defaults, find_recipe
 
-__all__ = ['Saver', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder']
+__all__ = [
+    'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',
+    'unfinished', 'without_folders']
 
 # Arguments that may differ between a run and its continuation, and those that do not belong to the run.
 FREE_ON_RESUME = {
@@ -42,7 +46,7 @@ class Saver(utils.CheckpointSaver):
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Where the run's files are."""
+    """Where the run's files are. (Without a name the folder of all runs; `begin_run` gives one.)"""
     return Path(args.output) / args.experiment
 
 
@@ -54,28 +58,33 @@ def recorded(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def open_run(args: argparse.Namespace, rank: int) -> str:
-    """Name the run; returns the checkpoint to continue from, or ''.
+    """Find the checkpoint to continue from, or ''; touches nothing.
 
     Raises:
-        UsageError: If the folder holds another run, or the checkpoint comes from one with other arguments, unless these
-            only make it longer and the folder is a new one.
+        UsageError: If the folder holds another run or later epochs than the checkpoint, or if this comes from a run with
+            other arguments, unless they only make it longer and the folder is a new one.
     """
     auto = args.resume == 'auto'
     if auto and not args.experiment:
         raise UsageError('--resume auto continues the run in --output/--experiment: name it with --experiment')
-    args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
     folder = run_folder(args)
     checkpoint = folder / 'last.pth.tar' if auto else Path(args.resume)
     found = checkpoint.is_file()
     if args.resume and not auto and not found:
         raise UsageError(f'--resume {checkpoint}: there is no such file')
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    files = {path.name for path in folder.iterdir()} if args.experiment and folder.is_dir() else set()
     own = checkpoint.parent.resolve() == folder.resolve() if found else auto and files <= FIRST_EPOCH
     if rank == 0 and files and not own:
-        raise UsageError(f'{folder} is not empty: continue its run with --resume auto, or choose another --experiment')
+        raise not_empty(folder)
     if not found:
+        if rank == 0 and len(read_summary(folder)) > 1:  # the row of an epoch is there before its checkpoint
+            raise UsageError(f'{folder} is the record of a run without its checkpoint: choose another --experiment')
         return ''
     saved = utils.load_checkpoint_metadata(checkpoint)
+    last = folder / 'last.pth.tar'
+    if own and last.is_file() and utils.load_checkpoint_metadata(last)['epoch'] > saved.get('epoch', 0):
+        raise UsageError(
+            f'{folder} would lose the epochs after {checkpoint.name}: choose another --experiment to go on from there')
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
     # As in args.yaml, where a tuple is a list.
@@ -95,6 +104,70 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
             f'or start a new one from its weights with --initial-checkpoint {checkpoint}',
         ]))
     return str(checkpoint)
+
+
+def unfinished(folder: Path) -> str:
+    """What to say of a run without a model."""
+    if not (folder / 'last.pth.tar').is_file():
+        return f'{folder} holds no finished run, and no checkpoint to finish one from'
+    return f'{folder} is not finished. To finish it: convnn-timm train -c {folder}/args.yaml --resume auto'
+
+
+def not_empty(folder: Path) -> UsageError:
+    return UsageError(f'{folder} is not empty: continue its run with --resume auto, or choose another --experiment')
+
+
+def begin_run(args: argparse.Namespace, checkpoint: str, start: int, description: str) -> bool:
+    """Write into the run's folder what is there before its first epoch, or drop the record of epochs to be done again.
+
+    Args:
+        args: The run's arguments; gives it a name if it has none.
+        checkpoint: From `open_run`.
+        start: The epochs that are done.
+        description: For model.txt.
+
+    Returns:
+        Whether the run goes on in its own folder.
+
+    Raises:
+        UsageError: If another run has begun there since `open_run`.
+    """
+    source, folder = Path(checkpoint).parent, make_folder(args)
+    own = bool(checkpoint) and source.samefile(folder)
+    if not own:
+        text = yaml.safe_dump(recorded(args), sort_keys=False)
+        try:
+            with (folder / 'args.yaml').open('w' if args.resume == 'auto' else 'x') as file:
+                file.write(text)
+        except FileExistsError:
+            raise not_empty(folder) from None
+        (folder / 'model.txt').write_text(description)
+        if args.config:
+            (folder / 'recipe.yaml').write_bytes(find_recipe(args.config).read_bytes())
+    if checkpoint and not own:  # so that the new run, too, can go on from the first moment
+        torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
+        os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
+        parts = [
+            file for file in source.glob('environment*.json') if int(file.stem.partition('-')[2] or 0) <= start]
+        for file in *source.glob('summary.csv'), *parts:
+            shutil.copy(file, folder)
+    utils.trim_summary(folder / 'summary.csv', start)
+    return own
+
+
+def make_folder(args: argparse.Namespace) -> Path:
+    """Make the run's folder; without a name it gets date and model, and a number where another run has these."""
+    if args.experiment:
+        run_folder(args).mkdir(parents=True, exist_ok=True)
+        return run_folder(args)
+    name, number = f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}', 1
+    while True:
+        args.experiment = name if number == 1 else f'{name}-{number}'
+        try:
+            run_folder(args).mkdir(parents=True)
+            return run_folder(args)
+        except FileExistsError:
+            number += 1
 
 
 def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bool:
@@ -130,10 +203,7 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
     cpuinfo = Path('/proc/cpuinfo')
     cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
     on_gpu = torch.device(args.device).type == 'cuda'
-    words = []
-    for word in command:
-        flag, equals, value = word.rpartition('=') if word.startswith('--') else ('', '', word)
-        words.append(word if value == args.data_dir or not os.path.isabs(value) else flag + equals + Path(value).name)
+    words = [word if word.rpartition('=')[2] == args.data_dir else without_folders(word) for word in command]
     return dict(
         command=' '.join(words),
         started=f'{datetime.now():%Y-%m-%d %H:%M}',
@@ -150,6 +220,12 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
         gpu=torch.cuda.get_device_name() if on_gpu else None,
         cuda=torch.version.cuda if on_gpu else None,
     )
+
+
+def without_folders(word: str) -> str:
+    """A word of a command, of an absolute path only its end."""
+    flag, equals, value = word.rpartition('=') if word.startswith('--') else ('', '', word)
+    return flag + equals + Path(value).name if os.path.isabs(value) else word
 
 
 def describe(model: nn.Module, input_size: Tuple[int, int, int]) -> str:

@@ -1,6 +1,7 @@
 """The trainer: what it trains on, what it leaves behind, and that nothing it says depends on luck."""
 import json
 import os
+import runpy
 import shutil
 import signal
 import struct
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from datetime import datetime
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,11 +23,11 @@ from safetensors.torch import load_file
 from timm.optim import muon
 from torch.overrides import TorchFunctionMode
 
-from convnn_timm import convert, hub, train
+from convnn_timm import convert, hub, train, train_folder
 from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
-from convnn_timm.train_data import MemoryBatches, create_batches, create_parts, holdout_split
+from convnn_timm.train_data import MemoryBatches, class_names, create_batches, create_parts, holdout_split
 from convnn_timm.train_folder import read_summary, starts_alike
 
 CLASSES = ('bee', 'cat', 'dog')
@@ -212,12 +215,15 @@ def test_evaluating_a_run_repeats_its_result(run, capsys):
     assert printed_result(capsys) == f'top1 {float(last[5]):.2f} top5 100.00 (epoch 3, 51 images)'
 
 
-@pytest.mark.parametrize('parts', [[], ['model']])
-def test_evaluating_an_unfinished_run_says_how_to_finish_it(run, tmp_path, images, parts):
+@pytest.mark.parametrize('parts, message', [
+    (['last.pth.tar'], 'is not finished. To finish it: convnn-timm train -c .*args.yaml --resume auto'),
+    (['summary.csv'], 'no checkpoint to finish one from'),
+])
+def test_evaluating_an_unfinished_run_says_how_to_finish_it(run, tmp_path, images, parts, message):
     (tmp_path / 'args.yaml').write_text(f'data_dir: {images}')
     for part in parts:
-        shutil.copytree(run / part, tmp_path / part)
-    with pytest.raises(SystemExit, match='is not finished: -c .*args.yaml --resume auto'):
+        shutil.copy(run / part, tmp_path)
+    with pytest.raises(SystemExit, match=message):
         main(['--evaluate', str(tmp_path)])
 
 
@@ -244,6 +250,15 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
     recipe.write_text('epochs: 7\nlr: 1e-3\namp: true\ndevice_modules: [convnn_timm]\n')
     args = parse_args(['-c', str(recipe), 'somewhere', '--epochs', '9', '--no-amp'])
     assert (args.epochs, args.lr, args.amp, args.momentum, args.data_dir) == (9, 1e-3, False, 0.9, 'somewhere')
+
+
+def test_command_line_beats_what_a_recipe_says_in_other_words(tmp_path, caplog):
+    recipe = tmp_path / 'mine.yaml'
+    recipe.write_text('input_size: [1, 16, 16]\nno_aug: true\nmodel_kwargs: {K: 3, branch_ratio: 0.5}\n')
+    args = parse_args(['-c', str(recipe), 'x', '--img-size', '32', '--aug', '--model-kwargs', 'K=5'])
+    assert (args.input_size, args.no_aug, args.model_kwargs) == ([1, 32, 32], False, dict(K=5))
+    assert 'replaces those of the recipe, which had branch_ratio=0.5 too' in caplog.text
+    assert parse_args(['-c', str(recipe), 'x']).no_aug
 
 
 def test_recipes_of_the_package():
@@ -305,6 +320,8 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     (['x', '--grad-accum-steps', '-1'], '--grad-accum-steps must be 1 or more'),
     (['x', '--model-kwargs', 'foo'], 'take KEY=VALUE'),
     (['x', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
+    (['x', '--dataset', 'uoft-cs/cifar10'], 'e.g. torch/cifar10 or hfds/uoft-cs/cifar10'),
+    (['x', '--crop-off-epoch', '2'], '--crop-off-epoch turns off the crops of --crop-padding, which is not given'),
     (['--evaluate', 'nowhere', 'x'], 'nowhere is no run folder: it has no args.yaml'),
 ])
 def test_wrong_command_line(argv, message, capsys):
@@ -314,9 +331,14 @@ def test_wrong_command_line(argv, message, capsys):
     assert message in f'{error.value} {capsys.readouterr().err}'
 
 
-def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path):
-    with pytest.raises(SystemExit, match="no folder 'test': see --train-split, --val-split"):
-        main([*flags, '--val-split', 'test', '--output', str(tmp_path)])
+@pytest.mark.parametrize('argv, message', [
+    (['--val-split', 'test'], "no folder 'test': see --train-split, --val-split"),
+    (['--val-split', 'test', '--dataset', 'torch/image_folder'], "no folder 'test': see --train-split, --val-split"),
+    (['--train-split', 'train[:50%]', '--val-split', 'train[50%:]'], 'only hfds/ data sets have parts of a split'),
+])
+def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main([*flags, *argv, '--output', str(tmp_path)])
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -434,6 +456,71 @@ def test_weights_are_no_training_to_resume(flags, run, tmp_path):
         main([*flags, '--resume', str(tmp_path / 'weights.pth'), '--output', str(tmp_path)])
 
 
+@pytest.mark.parametrize('name', [['--experiment', 'run'], []])
+def test_of_two_runs_that_start_at_once_none_is_lost(flags, tmp_path, monkeypatch, name):
+    """The second one begins and ends while the first one makes its model."""
+    monkeypatch.setattr(train_folder, 'datetime', Mock(now=lambda: datetime(2026, 1, 2)))
+    create_model, argv, second = train.create_model, [*flags, '--epochs', '1', '--output', str(tmp_path), *name], []
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(train, 'create_model', create_model)
+        second.append(main([*argv, '--seed', '7']))
+        return create_model(*args, **kwargs)
+
+    monkeypatch.setattr(train, 'create_model', meanwhile)
+    if name:
+        with pytest.raises(SystemExit, match='run is not empty: '):
+            main(argv)
+    else:
+        assert main(argv) == tmp_path / '20260102-000000-test_resnet-2'
+    assert len(read_summary(second[0])) == 1
+    assert yaml.safe_load((second[0] / 'args.yaml').read_text())['seed'] == 7
+
+
+def test_a_record_without_checkpoint_is_not_begun_again(flags, run, tmp_path):
+    for name in 'args.yaml', 'environment.json', 'summary.csv':
+        shutil.copy(run / name, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match='is the record of a run without its checkpoint'):
+        main(['-c', str(tmp_path / 'args.yaml'), '--resume', 'auto'])
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_run_goes_on_where_its_folder_is_now(flags, run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / 'moved')
+    (tmp_path / 'moved' / 'summary.csv').unlink()
+    for place, config in (tmp_path, 'moved/args.yaml'), (tmp_path / 'moved', 'args.yaml'):
+        monkeypatch.chdir(place)
+        assert main(['-c', config, '--resume', 'auto']).resolve() == tmp_path / 'moved'
+    assert [path.name for path in tmp_path.iterdir()] == ['moved'] and (run / 'summary.csv').is_file()
+
+
+def test_a_run_does_not_lose_its_later_epochs(flags, run, tmp_path):
+    shutil.copytree(run, tmp_path / 'run')
+    torch.save({**weights(run), 'epoch': 0}, tmp_path / 'run' / 'early.pth.tar')
+    with pytest.raises(SystemExit, match='would lose the epochs after early.pth.tar: choose another --experiment'):
+        main([
+            *flags, '--output', str(tmp_path), '--experiment', 'run',
+            '--resume', str(tmp_path / 'run' / 'early.pth.tar')])
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(flags, run, tmp_path):
+    shutil.copy(run / 'last.pth.tar', tmp_path / 'first.pth.tar')
+    folder = main([
+        *flags, '--initial-checkpoint', str(tmp_path / 'first.pth.tar'), '--epochs', '1', '--output', str(tmp_path),
+        '--experiment', 'run'])
+    (tmp_path / 'first.pth.tar').unlink()
+    main(['-c', str(folder / 'args.yaml'), '--resume', 'auto'])
+
+
+def test_the_script_does_nothing_in_a_worker_that_imports_it():
+    runpy.run_path(str(Path(__file__).parents[1] / 'train_scripts' / 'train.py'), run_name='__mp_main__')
+
+
+def test_an_optimizer_of_second_order(flags, tmp_path):
+    main([*flags, '--opt', 'adahessian', '--epochs', '1', '--output', str(tmp_path), '--experiment', 'run'])
+
+
 def test_resume_from_a_file_continues_in_another_folder(flags, run, tmp_path):
     folder = main([*flags, '--resume', str(run / 'last.pth.tar'), '--output', str(tmp_path), '--experiment', 'copy'])
     assert equal(weights(run)['state_dict'], load_file(folder / 'model' / 'model.safetensors'))
@@ -477,10 +564,31 @@ def test_a_data_set_of_torchvision_has_the_channels_of_the_model(flags, tmp_path
         head = struct.pack('>4i', 0x803, *images.shape)
         (raw / f'{split}-images-idx3-ubyte').write_bytes(head + images.tobytes())
         (raw / f'{split}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 16) + bytes(range(10)) + bytes(6))
-    main([
+    flags = [
         *flags, '--data-dir', str(tmp_path), '--dataset', 'torch/mnist', '--epochs', '1', '--num-classes', '10',
-        '--output', str(tmp_path / 'out'), '--experiment', 'run'])
+        '--output', str(tmp_path / 'out'), '--experiment', 'run']
+    with pytest.raises(SystemExit, match="torch/mnist has no split 'Train': it has train and validation"):
+        main([*flags, '--train-split', 'Train'])  # not the test set
+    main(flags)
     assert read_summary(tmp_path / 'out' / 'run')[-1]['eval_images'] == '16'
+
+
+def test_a_class_with_several_names_is_one_class():
+    imagenet = Mock(classes=[('crane',), ('tench', 'Tinca tinca'), ('crane',)], class_to_idx={'crane': 2, 'tench': 1})
+    assert class_names(imagenet) == ['crane', 'tench, Tinca tinca', 'crane']
+
+
+@pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
+def test_crops_are_of_what_the_evaluation_sees(flags, tmp_path, cache):
+    """Not of a distorted image: the sides of a wide one are left out."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :8] = 255
+    for split in ('train', 'validation'):
+        (tmp_path / split / 'only').mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / 'only' / '0.png')
+    args = parse_args([*flags, '--data-dir', str(tmp_path), '-b', '1', cache, '--crop-padding', '0', '--crop-pct', '1'])
+    (train_batch, _), (eval_batch, _) = (next(iter(loader_of(args, train))) for train in (True, False))
+    assert torch.equal(train_batch, eval_batch) and eval_batch.unique().numel() == 1
 
 
 def test_weights_of_a_run_with_other_classes(flags, run, tmp_path):
@@ -598,8 +706,8 @@ def batches(monkeypatch):
     """What the model is given: whether it trains, and the images."""
     seen = []
 
-    def create(args):
-        model = original(args)
+    def create(args, **kwargs):
+        model = original(args, **kwargs)
         model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0])))
         return model
 

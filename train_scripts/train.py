@@ -1,4 +1,5 @@
 """The trainer; the same as `convnn-timm train`."""
 from convnn_timm.train import main
 
-main()
+if __name__ == '__main__':  # not in a worker process that imports this file
+    main()
