@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
 from timm.layers import Conv2dSame
+from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
@@ -252,10 +252,11 @@ def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) 
     new = _create_layer(conv, layer, init, layer_args, conv.weight.device, conv.weight.dtype)
     if init == 'conv':
         _start_as(conv, new)
-    new.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    new.train(conv.training)
     for name, parameter in new.named_parameters():
-        if conv.bias is not None and name.endswith('bias'):
-            parameter.requires_grad_(conv.bias.requires_grad)
+        source = conv.bias if conv.bias is not None and name.endswith('bias') else conv.weight
+        if not source.requires_grad:
+            parameter.requires_grad_(False)
     side, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
     half = dilation * (side // 2)
     if isinstance(conv, Conv2dSame) or conv.padding == 'same':
@@ -399,8 +400,7 @@ class Aligned(nn.Module):
 def _input_size(model: nn.Module) -> Optional[Tuple[int, int, int]]:
     if not getattr(model, 'pretrained_cfg', None):
         return None
-    channels, height, width = resolve_model_data_config(model)['input_size']
-    return getattr(model, '_model_args', {}).get('in_chans', channels), height, width
+    return tuple(get_model_input_config(model)['input_size'])
 
 
 def _cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Tuple[int, Optional[int]]:
@@ -412,7 +412,7 @@ def _cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Tuple
     empty |= {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     try:
         return parameters, count_macs(copy.deepcopy(model, empty), input_size)
-    except (RuntimeError, ValueError):  # it computes what needs values, or on maps too small for K
+    except Exception:  # whatever a network may do with an image: this is a report only
         return parameters, None
 
 

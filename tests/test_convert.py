@@ -377,6 +377,29 @@ def test_the_report_counts():
     assert f'at 1 x 160 x 160: {before[1] / 1e9:.3f} G before, {after[1] / 1e9:.3f} G after' in str(report)
 
 
+def test_the_size_is_that_which_a_network_was_built_for():
+    model = timm.create_model('botnet26t_256', img_size=128)
+    assert convert(model, where='stages.0.*', sampling_type='random', num_samples=16).input_size == (3, 128, 128)
+
+
+def test_a_network_that_cannot_be_counted_is_converted():
+    class Picky(nn.Sequential):
+        def forward(self, x):
+            assert x.shape[-1] == 100
+            return super().forward(x)
+
+    model = Picky(nn.Conv2d(3, 8, 3, padding=1))
+    model.pretrained_cfg = dict(input_size=(3, 32, 32))
+    assert convert(model).macs is None and isinstance(model[0], Branching2d)
+
+
+def test_what_a_layer_has_no_use_for_stays_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    convert(model, 'convnn_attn', init='random', K=1)
+    model(torch.randn(1, 3, 8, 8)).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
 def test_a_network_that_tells_no_image_size_has_no_macs():
     report = convert(nn.Sequential(nn.Conv2d(3, 4, 3)))
     assert report.macs is None and 'multiply' not in str(report)

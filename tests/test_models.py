@@ -10,7 +10,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
-from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, layer_arguments
+from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
@@ -158,13 +158,16 @@ def test_every_parameter_of_a_resnet_gets_a_gradient(layer):
     ('vgg11_convnn_branching', dict(drop_rate=0., mlp_ratio=0.01, sampling_type='random', num_samples=16))])
 def test_gradient_checkpointing_gives_the_same_gradients(name, options):
     model = timm.create_model(name, **options).train()
-    grads = []
+    layer = next(m for m in model.modules() if isinstance(m, (ConvNN2d, ConvNNAttention2d)))
+    grads, computed = [], []
+    layer.register_forward_hook(lambda *_: computed.append(enable))
     for enable in False, True:
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         torch.manual_seed(1)
         model(images()).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
+    assert computed == [False, True, True]  # once more in backward
     for plain, checkpointed in zip(*grads):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-3, atol=1e-4)
 
@@ -177,7 +180,7 @@ def test_features(name, reductions, channels):
     model = timm.create_model(name, features_only=True).eval()
     assert model.feature_info.reduction() == reductions and model.feature_info.channels() == channels
     with torch.no_grad():
-        for feature, reduction, c in zip(model(images()), reductions, channels):
+        for feature, reduction, c in zip(model(images()), reductions, channels, strict=True):
             assert feature.shape == (2, c, 32 // reduction, 32 // reduction)
 
 
@@ -193,8 +196,13 @@ def test_classifier_and_input_options():
     assert [len(model.layer1), len(model.layer2)] == [1, 2] and model.layer1[0].se is not None
     assert isinstance(model.layer1[0].conv1, ConvNN2d) and model(images()).shape == (2, 10)
     for fixed in 'stem_type', 'output_stride', 'stem_width', 'cardinality':
-        with pytest.raises(TypeError, match=f'fixed stem and stride and no groups: it takes no {fixed}'):
+        with pytest.raises(TypeError, match=f'fixed stem, stride and cardinality: it takes no {fixed}'):
             timm.create_model('resnet18_convnn', **{fixed: 8})
+    with pytest.raises(TypeError, match='fixed layers: it takes no norm_layer'):
+        timm.create_model('vgg11_convnn', norm_layer=torch.nn.BatchNorm2d)
+    for layer in 'conv2d', 'conv2d_new', 'convnn_branching':
+        with pytest.raises(ValueError, match='kernel_size must be odd, .* got 4'):
+            timm.create_model(f'resnet18_{layer}', kernel_size=4)
 
 
 @pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'vgg11_convnn_branching'])
@@ -245,6 +253,25 @@ def test_weights_are_adapted_to_one_input_channel():
         torch.testing.assert_close(getattr(grey.features[0], name).weight, expected)
     assert torch.equal(grey.features[4].branch1.weight, model.features[4].branch1.weight)
     assert grey.eval()(images(channels=1)).shape == (2, 10)
+
+
+@pytest.mark.parametrize('options', [
+    dict(shuffle_pattern='BA', shuffle_scale=2), dict(aggregation_type='Loc_Col')])
+@pytest.mark.parametrize('layer', ['conv2d_new', 'convnn', 'convnn_branching'])
+def test_weights_that_cannot_be_adapted_to_one_input_channel(layer, options):
+    if layer == 'convnn_branching':
+        options = dict(options, branch_ratio=0.25)
+    model = timm.create_model(f'vgg11_{layer}', mlp_ratio=0.01, **options)
+    args = dict(options, pretrained=True, mlp_ratio=0.01, pretrained_cfg_overlay=dict(state_dict=model.state_dict()))
+    with pytest.raises(RuntimeError, match='cannot be adapted to another number of input channels'):
+        timm.create_model(f'vgg11_{layer}', in_chans=1, **args)
+    timm.create_model(f'vgg11_{layer}', **args)
+
+
+def test_another_sampling_than_that_of_the_weights_needs_no_number():
+    model = timm.create_model('resnet18_convnn_branching.cifar10', device='meta', sampling_type='all')
+    layer = model.layer1[0].conv1
+    assert (layer.branch1.sampling_type, layer.pointwise_conv) == ('all', None)
 
 
 def test_a_checkpoint_that_lacks_tensors_is_an_error_and_not_a_silent_load():

@@ -51,16 +51,18 @@ def create_layer(
     """Create a layer that takes the place of a square convolution.
 
     All layer types accept the arguments of all, so that a twin is built from the arguments of its pair: a convolution
-    has no use for K and leaves it. Convolutions pad dilation * (kernel_size // 2); `padding` is ConvNN's.
+    ignores K. Convolutions pad dilation * (kernel_size // 2); `padding` is ConvNN's.
 
     Raises:
-        ValueError: An unknown layer.
+        ValueError: An unknown layer, or a value that it refuses.
         TypeError: An argument that no layer has.
     """
     if unknown := sorted(set(layer_args) - set(layer_arguments())):
         raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
     layer_args = {name: value for name, value in layer_args.items() if name in layer_arguments(layer)}
     if layer in ('conv2d', 'conv2d_new'):
+        if kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, so that the map keeps its size, got {kernel_size}')
         layer_args['padding'] = layer_args.get('dilation', 1) * (kernel_size // 2)
     if 'kernel_size' in layer_arguments(layer):
         layer_args['kernel_size'] = kernel_size

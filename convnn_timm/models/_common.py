@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from convnn_timm.layers import Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
+from ._weights import find_weights, with_tag_arguments
 
 __all__ = [
     'add_input_noise', 'cifar_cfg', 'check_complete', 'check_known', 'entrypoint', 'imagenet_cfg',
@@ -95,10 +96,15 @@ def imagenet_cfg(**kwargs) -> Dict[str, Any]:
 
 
 def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc: str) -> Callable[..., nn.Module]:
-    """The function that timm registers for one variant."""
+    """The function that timm registers for one variant, which finds its weights and their arguments."""
 
     def fn(pretrained: bool = False, **kwargs) -> nn.Module:
-        return create(variant, pretrained=pretrained, **kwargs)
+        whole = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
+        model = create(variant, pretrained=pretrained, **whole)
+        # What timm saves of a model to build it again, beside the arguments that `create_model` was given.
+        model._model_args = {
+            name: value for name, value in whole.items() if name not in {*kwargs, 'pretrained_cfg_overlay'}}
+        return model
 
     fn.__name__ = fn.__qualname__ = variant
     fn.__module__ = module

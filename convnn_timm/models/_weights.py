@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
-from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     HfHubHTTPError,
     HTTPError,
@@ -115,7 +116,13 @@ def with_tag_arguments(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments of a model without weights: named `<arch>.<tag>`, it is the network that the published weights fit."""
     tag = kwargs.get('pretrained_cfg')
     entry = read_manifest().get(f'{variant}.{tag}') if isinstance(tag, str) else None
-    return {**entry['model_args'], **kwargs} if entry else kwargs
+    return with_arguments(entry, kwargs) if entry else kwargs
+
+
+def with_arguments(entry: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments that weights were trained with, where the caller chooses no others."""
+    sampling = {'num_samples', 'sample_padding'} if 'sampling_type' in kwargs else ()  # go with that choice
+    return {**{name: value for name, value in entry['model_args'].items() if name not in sampling}, **kwargs}
 
 
 # Files
@@ -201,8 +208,10 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.state_dict is None and cfg.file:
         file = Path(cfg.file) / WEIGHTS if Path(cfg.file).is_dir() else Path(cfg.file)
-        if not file.parent.is_dir() or not any(path.suffix in FORMATS for path in file.parent.iterdir()):
+        if file.parent == Path(cfg.file) and not any(path.suffix in FORMATS for path in file.parent.iterdir()):
             raise WeightsError(f'{cfg.file} holds no weights ({WEIGHTS})')
+        if file.parent != Path(cfg.file) and not file.is_file():
+            raise WeightsError(f'there is no file {cfg.file}')
         if file.suffix == '.safetensors' and file.is_file():
             check_file(file)
         return kwargs
@@ -212,7 +221,7 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     entry = read_manifest().get(f'{variant}.{cfg.tag}')
     by_name = entry is not None and cfg.source != 'hf-hub' and cfg.hf_hub_id == entry['hub_id']
     if by_name:
-        kwargs = {**entry['model_args'], **kwargs}
+        kwargs = with_arguments(entry, kwargs)
         source, repo, revision, file = entry['name'], hub_id(entry), manifest_revision(entry), local_file(entry['name'])
     else:  # as hf-hub:OWNER/NAME
         entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None
@@ -228,11 +237,22 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             raise WeightsError(explain(error, repo, revision) + hint) from error
     try:
         check_file(file, entry and entry['sha256'], source)
-    except OtherWeights:
-        if by_name or revision:
-            raise
+    except WeightsError as error:
+        known = by_name or revision
+        if known or not isinstance(error, OtherWeights) and (file.is_symlink() or sha256(file) != hub_sha256(repo)):
+            if not (cache := kwargs.get('cache_dir')):
+                raise
+            raise type(error)(f'{error} (with HF_HUB_CACHE={cache}, where this file is)') from error
         _logger.warning(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists')
     return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
+
+
+def hub_sha256(repo: str) -> str:
+    """The Hub's own hash of the weights in a repository, or ''. (A cache without links does not know it.)"""
+    try:
+        return get_hf_file_metadata(hf_hub_url(repo, WEIGHTS)).etag or ''
+    except TRANSFER_FAILURES:
+        return ''
 
 
 def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> str:
@@ -252,12 +272,16 @@ def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> 
     log_in, said = 'log in with `hf auth login`, or set HF_TOKEN', ' '.join(str(error).split())
 
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        if '/' not in repo:  # its owner, before anything is sent
+            return 'offline mode is on: unset HF_HUB_OFFLINE'
         return f'{whole} is not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE and run once: ' \
             f'convnn-timm pull {whole}'
     if isinstance(error, RevisionNotFoundError):
         return f'{repo} has no revision {revision!r}; {hub}/{repo}/commits/main lists those it has'
     if status == 401 and get_token() and not isinstance(error, RepositoryNotFoundError):
         return f'the Hub does not know your token, asked for {whole}: {log_in}'
+    if isinstance(error, GatedRepoError):
+        return f'{repo} is for those who were given access: ask for it at {hub}/{repo}, and {log_in}'
     if isinstance(error, RepositoryNotFoundError):
         hidden = 'your token may not see it' if get_token() else f'you must {log_in}'
         return f'there is no repository {repo} on the Hub ({hub}), or it is private and {hidden}'

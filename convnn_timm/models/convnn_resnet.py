@@ -16,7 +16,7 @@ from convnn_timm.layers import LAYER_TYPES, create_layer
 from ._common import (
     add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
-from ._weights import find_weights, published_cfg, tagged_names, with_tag_arguments
+from ._weights import published_cfg, tagged_names
 
 __all__ = ['ConvNNResNet', 'ConvNNBasicBlock', 'ConvNNBottleneck']
 
@@ -80,12 +80,12 @@ class ConvNNResNet(ResNet):
             in_chans: Number of input channels.
             input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             block_args: Further arguments of the blocks.
-            **kwargs: Arguments of timm's ResNet, except those of the stem, the stride and the groups, which are fixed.
+            **kwargs: Arguments of timm's ResNet, except those of the stem, the stride and the cardinality, which are fixed.
         """
         fixed = {'cardinality', 'output_stride', 'replace_stem_pool', 'stem_type', 'stem_width'} & kwargs.keys()
         if fixed:
             raise TypeError(
-                f'{type(self).__name__} has a fixed stem and stride and no groups: '
+                f'{type(self).__name__} has a fixed stem, stride and cardinality: '
                 f'it takes no {", ".join(sorted(fixed))}')
         check_known(kwargs, ResNet)
         super().__init__(
@@ -137,7 +137,6 @@ default_cfgs = generate_default_cfgs({
 def _create_convnn_resnet(variant: str, pretrained: bool = False, **kwargs) -> ConvNNResNet:
     large = variant in _VARIANTS_224
     depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
-    kwargs = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
     layer_args, kwargs = split_layer_args(kwargs)
     layers = kwargs.pop('layers', _DEPTHS[depth])
     return build_model_with_cfg(

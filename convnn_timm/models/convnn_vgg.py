@@ -17,7 +17,7 @@ from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_
 from ._common import (
     add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
-from ._weights import find_weights, published_cfg, tagged_names, with_tag_arguments
+from ._weights import published_cfg, tagged_names
 
 __all__ = ['ConvNNVGG']
 
@@ -59,8 +59,10 @@ class ConvNNVGG(VGG):
             layer_args: Arguments of the layers.
             input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             drop_rate: Dropout of the classifier.
-            **kwargs: Arguments of timm's VGG.
+            **kwargs: Arguments of timm's VGG, except `conv_layer` and `norm_layer`, which are fixed.
         """
+        if fixed := {'conv_layer', 'norm_layer'} & kwargs.keys():
+            raise TypeError(f'{type(self).__name__} has fixed layers: it takes no {", ".join(sorted(fixed))}')
         check_known(kwargs, VGG)
         conv_layer = partial(_create_conv, layer=layer, layer_args=layer_args)
         super().__init__(
@@ -103,7 +105,24 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         state_dict['pre_logits.fc2.weight'] = state_dict['pre_logits.fc2.weight'][..., None, None]
         state_dict = convert_original_state_dict(state_dict, model)
     check_complete(state_dict, model, classifier='head.fc')
+    check_channels(state_dict, model)
     return state_dict
+
+
+def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Refuse first weights for another number of channels where timm would adapt them to these wrongly.
+
+    Raises:
+        RuntimeError: The first layer has them in another order, shuffled, or sees coordinates too.
+    """
+    own = {f'features.0.{name}': value.shape for name, value in model.features[0].state_dict().items()}
+    reordered = any(
+        getattr(m, 'shuffle_pattern', 'NA') in ('B', 'BA') or getattr(m, 'aggregation_type', 'Col') != 'Col'
+        for m in model.features[0].modules())
+    if reordered and any(shape != state_dict[name].shape for name, shape in own.items() if name in state_dict):
+        raise RuntimeError(
+            'the first layer shuffles pixels or sees coordinates: its weights cannot be adapted to another number of '
+            'input channels')
 
 
 def _cfg(layer: str, base: Callable[..., Dict[str, Any]] = cifar_cfg, pool: int = 1, **kwargs) -> Dict[str, Any]:
@@ -130,7 +149,6 @@ default_cfgs = generate_default_cfgs({
 def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
     large = variant in _VARIANTS_224
     depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
-    kwargs = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
     layer_args, kwargs = split_layer_args(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
     return build_model_with_cfg(
