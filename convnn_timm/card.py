@@ -213,7 +213,7 @@ def write_card(folder: Path, name: str) -> None:
     parts = [f'---\n{metadata(card).to_yaml()}\n---', f'# Model card for {name}']
     parts += [section(card) for section in (details, usage, training, evaluation, limitations)]
     parts += [f'## Citation\n\n```bibtex\n{CITATION}\n```']
-    (folder / 'README.md').write_text('\n\n'.join(parts) + '\n')
+    (folder / 'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
 
 def metadata(card: Card) -> ModelCardData:

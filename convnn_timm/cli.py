@@ -308,7 +308,10 @@ def verify(args: argparse.Namespace) -> int:
     from convnn_timm import hub
     status = 0
     for weight in args.weights:
-        folder, entry, problems = hub.verify(weight)
+        try:
+            folder, entry, problems = hub.verify(weight)
+        except hub.WeightsError as error:
+            problems = [str(error)]
         for problem in problems:
             report(problem)
             status = 1
@@ -318,10 +321,16 @@ def verify(args: argparse.Namespace) -> int:
     return status
 
 
-def pull(args: argparse.Namespace) -> None:
+def pull(args: argparse.Namespace) -> int:
     from convnn_timm import hub
+    status = 0
     for weight in args.weights:
-        print(f'{weight}: {hub.pull(weight)}', flush=True)
+        try:
+            print(f'{weight}: {hub.pull(weight)}', flush=True)
+        except hub.WeightsError as error:
+            report(str(error))
+            status = 1
+    return status
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ The package's manifest.json has a line for each; models/_weights.py reads it whe
 """
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -47,9 +48,11 @@ from .models._weights import (
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import check_classes, create_batches, create_parts
-from .train_folder import environment, read_summary
+from .train_folder import environment, read_summary, unfinished, without_folders
 
 __all__ = ['WeightsError', 'check_folder', 'export', 'published_folders', 'pull', 'push', 'verify']
+
+_logger = logging.getLogger(__name__)
 
 # Published are half as many bytes if that costs no more of the top-1 accuracy than this, in points.
 HALF_PRECISION_LOSS = 0.05
@@ -106,9 +109,7 @@ def export(
         places[twin] = (twin / 'training', twin) if (twin / 'training').is_dir() else (twin, twin / 'model')
     for folder, (record, model) in places.items():
         if not (model / WEIGHTS).is_file() or not read_summary(record):
-            raise WeightsError(
-                f'{folder} is no run folder of a finished training. To finish one: '
-                f'convnn-timm train -c {folder}/args.yaml --resume auto')
+            raise WeightsError(unfinished(folder))
     if not re.fullmatch('[a-z0-9][a-z0-9_]*', tag):
         raise WeightsError(f'--tag {tag}: small letters, digits and underscores, such as cifar10')
     config = read_config(run / 'model')
@@ -147,6 +148,8 @@ def export(
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
         save_file(state_dict, new / WEIGHTS, metadata={'format': 'pt'})
         write_golden(new)
+        for file in WEIGHTS, GOLDEN:
+            shutil.copymode(new / CONFIG, new / file)  # safetensors lets nobody else read them
         copy_record(run, new / 'training', seeds)
         if twin:
             record, _ = places[twin]
@@ -272,16 +275,23 @@ def measure_speed(model: nn.Module, size: Tuple[int, int, int], args: Any, batch
 def copy_record(run: Path, folder: Path, seeds: Iterable[Path] = ()) -> None:
     """Copy what a run and its repetitions recorded, without the places of files on the machine that they ran on."""
     folder.mkdir(parents=True)
-    args = yaml.safe_load((run / 'args.yaml').read_text())
-    absolute = {value for value in args.values() if isinstance(value, str) and os.path.isabs(value)}
-    for file in [run / 'args.yaml', *sorted(run.glob('environment*.json'))]:
-        text = file.read_text()
-        for path in sorted(absolute, key=len, reverse=True):
-            text = text.replace(path, Path(path).name)
-        (folder / file.name).write_text(text)
-    for name in ('summary.csv', 'curve.png', 'recipe.yaml'):
+    for name in ('summary.csv', 'curve.png', 'args.yaml', 'recipe.yaml'):
         if (run / name).is_file():
             shutil.copy(run / name, folder)
+    for file in folder.glob('*.yaml'):
+        args = yaml.safe_load(file.read_text(encoding='utf-8'))
+        named = {key: without_folders(value) if isinstance(value, str) else value for key, value in args.items()}
+        if named != args:
+            file.write_text(yaml.safe_dump(named, sort_keys=False))
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    absolute = [value for value in args.values() if isinstance(value, str) and os.path.isabs(value)]
+    for file in run.glob('environment*.json'):
+        record = json.loads(file.read_text())
+        for path in absolute:  # as a whole word, which may have spaces in it
+            record['command'] = re.sub(
+                rf'(?<![^\s=]){re.escape(path)}(?!\S)', lambda _: Path(path).name, record['command'])
+        record['command'] = ' '.join(map(without_folders, record['command'].split(' ')))
+        (folder / file.name).write_text(json.dumps(record, indent=2) + '\n')
     for repetition in seeds:
         copy_record(repetition, folder / 'seeds' / str(Record(repetition).args['seed']))
 
@@ -479,16 +489,27 @@ def pull(what: str) -> Path:
                 f'{local} is not the published file, and nothing shows that it is damaged: it may hold other weights. '
                 f'To fetch the published ones, move {local.parent} away first') from error
     whole = fetch_weights(what, repo, revision, expected)
+    if is_readable(local):  # whether it is damaged cannot be known for certain
+        old = local.with_suffix('.replaced')
+        os.replace(local, old)
+        _logger.warning(f'{old} is what was there')
     with tempfile.TemporaryDirectory(dir=local.parent) as scratch:  # on the same disk, to replace it in one step
         os.replace(shutil.copy(whole, scratch), local)
     return local
 
 
-def may_be_other(file: Path) -> bool:
-    """Whether a file that is not the published one may be weights of somebody's own."""
+def is_readable(file: Path) -> bool:
+    """Whether a file holds tensors, whichever."""
     try:
         check_file(file)
     except WeightsError:
+        return False
+    return True
+
+
+def may_be_other(file: Path) -> bool:
+    """Whether a file that is not the published one may be weights of somebody's own."""
+    if not is_readable(file):
         return False
     complete = all((file.parent / name).is_file() for name in (CONFIG, GOLDEN, CARD))
     return not complete or not check_folder(file.parent)
@@ -504,13 +525,15 @@ def fetch_weights(what: str, repo: str, revision: Optional[str], expected: Optio
     except OtherWeights:
         raise
     except WeightsError:
-        file = download_again(repo, revision)
+        file = download_again(file, repo, revision)
         check_file(file, expected, what)
     return file
 
 
-def download_again(repo: str, revision: Optional[str]) -> Path:
-    """Download weights whatever is in the cache."""
+def download_again(file: Path, repo: str, revision: Optional[str]) -> Path:
+    """Download weights in place of a file in the cache."""
+    if not file.is_symlink():  # the client would leave it there
+        file.unlink()
     try:
         return Path(hf_hub_download(repo, WEIGHTS, revision=revision, force_download=True))
     except TRANSFER_FAILURES as error:
@@ -595,11 +618,15 @@ def check_access(owner: str) -> None:
 
 
 def files_for(repo: str, folder: Path) -> Dict[str, Union[Path, bytes]]:
-    """What a repository of the folder's weight holds: its files, but for the card, which names that repository."""
-    card = re.sub(
-        rf'hf-hub:[\w.-]+/{re.escape(own_name(folder))}(?![\w-])'.encode(), f'hf-hub:{repo}'.encode(),
-        (folder / CARD).read_bytes())
-    return {**files_of(folder), CARD: card}
+    """What a repository of the folder's weight holds: its files, but for the card, which names that repository.
+
+    Its code too, unless it is the project's, whose weights have a name in each installed package.
+    """
+    name, link = re.escape(own_name(folder)), f'hf-hub:{repo}'
+    card = re.sub(rf'hf-hub:[\w.-]+/{name}(?![\w-])', link, (folder / CARD).read_text(encoding='utf-8'))
+    if repo.partition('/')[0] != _weights.NAMESPACE:
+        card = re.sub(rf"create_model\('{name}'", f"create_model('{link}'", card)
+    return {**files_of(folder), CARD: card.encode()}
 
 
 def content_of(file: Union[Path, bytes]) -> bytes:
@@ -617,7 +644,7 @@ def changes(api: HfApi, repo: str, revision: Optional[str], files: Dict[str, Uni
         if remote.get(path) not in oids:
             yield CommitOperationAdd(path, file)
     for path in sorted(remote.keys() - files.keys()):  # what others added stays, but for weights that these replace
-        if is_exported(path) or PurePosixPath(path).suffix in FORMATS:
+        if is_exported(path) or '/' not in path and PurePosixPath(path).suffix in FORMATS:
             yield CommitOperationDelete(path)
 
 

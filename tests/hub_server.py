@@ -37,7 +37,7 @@ class Repository:
     """Commits by their id, and the ids that branches and tags stand for."""
 
     def __init__(self, private: bool):
-        self.private = private
+        self.private, self.gated = private, False
         self.commits: Dict[str, Dict[str, bytes]] = {}
         self.branches: Dict[str, str] = {}
         self.tags: Dict[str, str] = {}
@@ -211,6 +211,8 @@ class Handler(BaseHTTPRequestHandler):
         repository, user = self.hub.repositories.get(name), self.user()
         if repository is None or repository.private and not self.is_own(user, name):
             raise Failure(404 if user else 401, 'RepoNotFound', 'Repository not found')
+        if repository.gated and not self.is_own(user, name):
+            raise Failure(403 if user else 401, 'GatedRepo', f'Access to model {name} is restricted')
         return repository
 
     def writable(self, name: str) -> Repository:

@@ -152,6 +152,31 @@ def test_what_is_in_the_folder(published):
             assert str(published) not in path.read_text(), f'{path} names a place on this machine'
 
 
+def test_a_record_names_no_places(published, tmp_path):
+    """Whatever letters they have, and in a run whose recipe is the record of another."""
+    run, recipe = tmp_path / 'run', 'epochs: 2  # few\ndata_dir: images\n'
+    shutil.copytree(published / 'output' / 'resnet18_convnn_branching', run)
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    args.update(data_dir='/home/josé müller/images', output='/output', initial_checkpoint='/data/images/w.pth')
+    (run / 'args.yaml').write_text(yaml.safe_dump(args, sort_keys=False))
+    words = ['train', '-c', 'cfg/output.yaml', '--data-dir', args['data_dir'], '--output=/output', 'pre/data/images/w.pth']
+    rewrite(run / 'environment.json', command=' '.join(words))
+    for written, copied in ((run / 'args.yaml').read_text(), None), (recipe, recipe):
+        (run / 'recipe.yaml').write_text(written)
+        hub.copy_record(run, tmp_path / f'record-{bool(copied)}')
+        folder = tmp_path / f'record-{bool(copied)}'
+        assert (folder / 'recipe.yaml').read_text() == (copied or (folder / 'args.yaml').read_text())
+    record = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert record == {**args, 'data_dir': 'images', 'output': 'output', 'initial_checkpoint': 'w.pth'}
+    assert json.loads((folder / 'environment.json').read_text())['command'] == (
+        'train -c cfg/output.yaml --data-dir images --output=output pre/data/images/w.pth')
+
+
+def test_everybody_may_read_the_weights(published):
+    modes = {path.stat().st_mode for path in (published / 'cards' / NAME).glob('*.*')}
+    assert len(modes) == 1
+
+
 def test_the_folder_is_a_timm_model_with_the_arguments_of_the_run(published):
     folder = published / 'cards' / NAME
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
@@ -290,7 +315,7 @@ def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path)
     with pytest.raises(hub.WeightsError, match='tells other classes apart'):
         hub.export(run, 'cifar10', tmp_path / 'cards', twin=fewer)
     (shorter / 'summary.csv').unlink()
-    assert f'{shorter} is no run folder of a finished training' in refused(shorter)
+    assert f'{shorter} is not finished' in refused(shorter)
     assert not (tmp_path / 'cards').exists()
 
 

@@ -122,7 +122,7 @@ def test_list(capsys):
     model = timm.create_model(name)
     assert parameters == f'{sum(p.numel() for p in model.parameters()):,}'
     assert 0.5 < float(macs) < 0.6 and unit == 'G'  # a ResNet-18 for 32x32 images
-    assert weights
+    assert weights == ['resnet18_conv2d.cifar10']
 
 
 def test_list_shows_only_this_package(capsys):

@@ -204,12 +204,13 @@ save_for_hf(model, 'converted', safe_serialization=True)
 
 
 def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on_the_hub):
-    old = {'pytorch_model.bin': b'old', 'README.md': b'old', 'training/old.csv': b'old', 'notes.md': b'of others'}
+    others = {'notes.md': b'of others', 'checkpoints/last.bin': b'of others'}
+    old = {'pytorch_model.bin': b'old', 'README.md': b'old', 'training/old.csv': b'old', **others}
     on_the_hub.add_repository(PROJECT, {**files_of(session.folder), **old})
     done = session("os.chdir('checkout'); run('push', '--all')", token='hf_write')
     assert 'pushed, verified' in done.out and 'status 0' in done.out, done.err
     files = on_the_hub.files(PROJECT)
-    assert files.keys() - files_of(session.folder).keys() == {'notes.md'}
+    assert files.keys() - files_of(session.folder).keys() == others.keys()
     assert files['README.md'] == (session.folder / 'README.md').read_bytes()
     assert not posted(on_the_hub, 'PUT')
 
@@ -221,7 +222,9 @@ def test_push_as_somebody_else_and_private(session, hub):
     assert json.loads(session.manifest.read_text())[0]['hub_id'] == f'alice/{NAME}'
     # On the Hub the card names the repository that it is in, and says otherwise what the folder's says.
     local, card = (session.folder / 'README.md').read_text(), hub.files(f'alice/{NAME}')['README.md'].decode()
-    assert f'`hf-hub:{PROJECT}`' in local and card == local.replace(PROJECT, f'alice/{NAME}')
+    assert f'`hf-hub:{PROJECT}`' in local
+    assert card == local.replace(PROJECT, f'alice/{NAME}').replace(
+        f"create_model('{NAME}'", f"create_model('hf-hub:alice/{NAME}'")
     by_hand = f'By hand, and hf-hub:someone/{NAME}_else is another.\n'
     (session.folder / 'README.md').write_text(local + by_hand)
     push = f"run('push', {str(session.folder)!r}, '--namespace', 'alice', '--private')\n"
@@ -256,6 +259,11 @@ def test_push_asks_who_you_are_before_it_reads_weights(session, hub, token, mess
     done = session(f"run('push', {str(session.folder)!r})", token=token)
     assert done.lines == ['status 1'] and done.err.startswith('convnn-timm: error: ' + message), done.err
     assert set(hub.log) <= {'GET /api/whoami-v2'}
+
+
+def test_push_without_connection(session, hub):
+    done = session(f"run('push', {str(session.folder)!r})", token='hf_write', HF_HUB_OFFLINE='1')
+    assert done.lines == ['status 1'] and 'error: offline mode is on: unset HF_HUB_OFFLINE\n' in done.err
 
 
 def test_push_with_a_token_for_some_things(session, hub):
@@ -438,7 +446,9 @@ load({NAME!r})
     assert damaged[2].endswith(f'convnn-timm pull {PROJECT}')
     assert [line for line in done.lines if line.startswith('loaded')] == [digest] * 3
     assert done.out.count('status 0') == 3 and done.out.count('status 1') == 1 and 'is damaged' in done.err
-    assert len(list(session.folder.iterdir())) == 5  # no scratch files beside the repaired one
+    # No scratch files beside the repaired one, but what it replaced, which might have been somebody's.
+    assert len(list(session.folder.iterdir())) == 6 and 'model.replaced is what was there' in done.err
+    assert (session.folder / 'model.replaced').read_bytes()[-8:] == b'\xff' * 8
 
 
 def make_other(folder):
@@ -475,6 +485,52 @@ def test_newer_weights_load_by_the_name_of_their_repository(session, hub, owner,
     assert 'is damaged' in damaged.out
 
 
+def test_a_cache_without_links(session, on_the_hub):
+    """As on Windows: what is damaged there is fetched again, and newer weights are told from damaged ones."""
+    done = session(f"""
+load({NAME!r})
+flip(cached())
+load({NAME!r})
+run('pull', {NAME!r})
+load({NAME!r})
+flip(cached())
+load('hf-hub:{PROJECT}')
+run('pull', {NAME!r})
+assert not cached().is_symlink()
+""", HF_HUB_DISABLE_SYMLINKS='1')
+    loaded, damaged = ([line for line in done.lines if line.startswith(word)] for word in ('loaded', 'WeightsError'))
+    assert loaded == [digest_of(session)] * 2 and done.out.count('status 0') == 2, done.out
+    assert len(damaged) == 2 and all('its sha256 is ' in line for line in damaged)
+    make_other(session.folder)
+    on_the_hub.add_repository(PROJECT, files_of(session.folder))
+    newer = session(f"load('hf-hub:{PROJECT}'); load('local-dir:{session.folder}')", HF_HUB_DISABLE_SYMLINKS='1')
+    assert newer.lines[0] == newer.lines[1] and 'holds other weights than those' in newer.err
+
+
+def test_a_cache_of_the_callers_own(session, on_the_hub):
+    done = session(f"""
+os.environ['HF_HUB_CACHE'] = 'mine'
+load({NAME!r}, cache_dir='mine')
+flip(next(Path('mine').glob('models--*/snapshots/*/model.safetensors')))
+load({NAME!r}, cache_dir='mine')
+""")
+    assert done.lines[1].endswith(f'convnn-timm pull {NAME} (with HF_HUB_CACHE=mine, where this file is)')
+    done = session(f"run('pull', {NAME!r}); load({NAME!r}, cache_dir='mine')", HF_HUB_CACHE='mine')
+    assert done.lines[1:] == ['status 0', digest_of(session)]
+
+
+def test_fine_tuned_weights_are_saved_with_the_arguments_that_they_came_with(session, on_the_hub):
+    done = session(f"""
+import timm, torch
+model = load({NAME!r}, num_classes=5)
+timm.models.save_for_hf(model, 'saved', safe_serialization=True)
+again = load('local-dir:saved')
+x = torch.randn(2, *model.pretrained_cfg['input_size'])
+print(torch.equal(model(x), again(x)))
+""")
+    assert done.lines[0] == done.lines[1] and done.lines[2] == 'True'
+
+
 @pytest.mark.parametrize('missing', [None, 'golden.safetensors', 'README.md'])
 def test_pull_replaces_no_weights_of_somebodys_own(session, on_the_hub, missing):
     """What lies in a folder of that name is replaced only if it is seen to be damaged."""
@@ -494,6 +550,8 @@ def test_a_name_says_that_its_weights_are_not_on_the_hub(session, hub):
 
 
 def test_a_folder_without_weights(session, hub):
+    line, = session(f"load({NAME!r}, pretrained_cfg_overlay=dict(file='{session.folder}/typo.safetensors'))").lines
+    assert line.startswith('WeightsError') and f'there is no file {session.folder}/typo.safetensors' in line
     (session.folder / WEIGHTS).unlink()
     (session.folder / 'golden.safetensors').unlink()
     line, = session(f"load('local-dir:{session.folder}')").lines
@@ -556,6 +614,10 @@ def test_what_can_be_wrong_with_a_repository(session, hub, published):
     assert 'there is no repository secret/' in said(CONVNN_TIMM_NAMESPACE='secret')
     assert 'your token may not see it' in said('hf_other', CONVNN_TIMM_NAMESPACE='secret')
     assert 'the Hub does not know your token' in said('hf_wrong', CONVNN_TIMM_NAMESPACE='secret')
+    hub.repositories[f'secret/{NAME}'].private, hub.repositories[f'secret/{NAME}'].gated = False, True
+    for token in None, 'hf_other':
+        ask = f'secret/{NAME} is for those who were given access: ask for it at http://127.0.0.1:{hub.port}/secret/'
+        assert ask in said(token, CONVNN_TIMM_NAMESPACE='secret')
     assert f'Unset HF_HUB_OFFLINE and run once: convnn-timm pull {PROJECT}@' in said(HF_HUB_OFFLINE='1')
     assert 'cannot be reached. Try again with a connection' in said(HF_ENDPOINT='http://127.0.0.1:1')
 
@@ -588,6 +650,12 @@ def test_verify_of_a_repository_that_lacks_files(session, hub):
     hub.add_repository('someone/mine', files)
     done = session("run('verify', 'someone/mine'); run('verify', 'someone/mine')")
     assert done.lines == ['status 1'] * 2 and done.err.count('has no golden.safetensors') == 2
+
+
+def test_pull_and_verify_go_on_after_one_that_fails(session, on_the_hub):
+    done = session(f"run('pull', 'nobody/x', {NAME!r}); run('verify', 'nobody/x', {NAME!r})")
+    assert [line.partition(':')[0] for line in done.lines] == [NAME, 'status 1', NAME, 'status 1']
+    assert done.err.count('there is no repository nobody/x') == 2
 
 
 def test_pull_and_verify_name_a_config_that_is_cut_short(session, hub):
