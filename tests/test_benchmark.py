@@ -113,6 +113,20 @@ def test_backward_keeps_no_gathered_tokens(benchmark):
     assert layer_peak(benchmark, layer, 32) < layer_peak(benchmark, original, 32) / 6
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('scored', [False, True])
+def test_the_gradients_of_gathered_tokens_stay_within_the_budget(benchmark, dtype, scored):
+    x, grad, weight = (torch.rand(shape, dtype=dtype) for shape in ((64, 256, 64), (64, 256, 64), (64, 64, 9)))
+    index = torch.randint(256, (64, 256, 9))
+    score = torch.rand(64, 256, 9, dtype=dtype) if scored else None
+
+    def step():
+        torch.ops.convnn_timm.neighbor_conv_backward(grad, x, index, weight, score, 1, True, True)
+
+    float32 = 4 // dtype.itemsize * x.nbytes + (x.nbytes if dtype != torch.float32 else 0)  # summed in it
+    assert benchmark.peak_memory(step, CPU) - float32 < 2 * CHUNK_BYTES
+
+
 def test_a_batch_of_few_outputs_stays_within_the_budget(benchmark):
     """Two outputs, which backward pads to many more columns: besides the gradients, two chunks at most."""
     x, grad, weight = torch.rand(256, 256, 8), torch.rand(256, 256, 2), torch.rand(2, 8, 8)

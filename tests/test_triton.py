@@ -210,8 +210,9 @@ class TestKernels:
 
         x, index = tokens(2, 4, 10).mT, torch.randint(10, (1, 7, 3)).to(DEVICE).expand(2, -1, -1)
         weight, score = tokens(3, 4, 5).permute(2, 1, 0), tokens(2, 3, 7).mT
-        expected = reference.neighbor_conv(x, index, weight, None, score)
-        torch.testing.assert_close(neighbor_conv(x, index, weight, None, score, 1), expected)
+        for bias in None, tokens(10)[::2], tokens(1).expand(5):
+            expected = reference.neighbor_conv(x, index, weight, bias, score)
+            torch.testing.assert_close(neighbor_conv(x, index, weight, bias, score, 1), expected)
 
     def test_neighbor_conv_without_queries(self):
         found, expected = self.run_neighbor_conv(2, 5, 3, 4, 0, 2, 1, torch.float32, True, True)

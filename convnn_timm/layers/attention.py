@@ -4,6 +4,7 @@ from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from convnn_timm.ops import knn, neighbor_conv
 from convnn_timm.ops._common import no_autocast
@@ -127,12 +128,15 @@ class _ConvNNAttention(NeighborLayer):
         return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, M, C) at some positions, projected to be compared: in float32 under autocast too."""
-        x = tokens.index_select(1, positions).transpose(1, 2)
+        """Tokens (B, M, C) at some positions, projected to be compared: in float32 under autocast too.
+
+        (Not by calling the convolution, which a GPU would by default compute with fewer bits.)
+        """
+        x = tokens.index_select(1, positions)
         if x.dtype != projection.weight.dtype:  # or torch.export would insist on it
             x = x.to(projection.weight.dtype)
         with no_autocast(x):
-            return projection(x if self.axes == 1 else x.unsqueeze(-1)).flatten(2).transpose(1, 2)
+            return F.linear(x, projection.weight.flatten(1))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ('' if self.bias is not None else ', bias=False')

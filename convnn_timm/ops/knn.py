@@ -249,11 +249,12 @@ def _knn_backward(
     grad_query = torch.empty_like(query)
     grad_candidates = torch.zeros_like(candidates)
     grad_offset = candidates.new_zeros(candidates.shape[:2])
-    for b, q in batch_chunks(B, Q, k * C * query.element_size(), query.device):
+    for b, q in batch_chunks(B, Q, 2 * k * C * query.element_size(), query.device):  # rows, and their gradient
         i = index[b, q].flatten(1)  # n, q * k
         g = grad[b, q]
         rows = candidates[b].gather(1, i.unsqueeze(-1).expand(-1, -1, C)).unflatten(1, (-1, k))
-        grad_query[b, q] = (g.unsqueeze(-2) @ rows).squeeze(-2)
+        with no_autocast(query):  # around a backward of the caller's
+            grad_query[b, q] = (g.unsqueeze(-2) @ rows).squeeze(-2)
         spread = (g.unsqueeze(-1) * query[b, q].unsqueeze(-2)).flatten(1, 2)
         grad_candidates[b].scatter_add_(1, i.unsqueeze(-1).expand_as(spread), spread)
         grad_offset[b].scatter_add_(1, i, g.flatten(1))

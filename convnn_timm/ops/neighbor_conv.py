@@ -109,7 +109,7 @@ def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
     matrix = _by_output(weight, groups)
     for b, q, rows in _gather(x, index):
         if score is not None:
-            rows = rows * score[b, q].reshape(*rows.shape[:2], 1)
+            rows *= score[b, q].reshape(*rows.shape[:2], 1)
         y[b, q] = _grouped_product(rows, matrix).view(b.stop - b.start, -1, y.shape[2])
 
 
@@ -119,18 +119,24 @@ def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if of_x else None
     grad_matrix = widen(torch.zeros_like(matrix)) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
+    piece = max(1, chunk_bytes(x.device) // 2 ** 13)  # queries: the gradient of all rows of a chunk at once leaves the cache
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
         s = None if score is None else score[b, q].reshape(-1, K, 1)
-        if of_weight:
-            grad_matrix += _matrix_gradient(g, rows if s is None else rows * s, groups)
-        if of_x or s is not None:
-            grad_rows = _rows_gradient(g, matrix, K)
+        place, to_score = _flat(index[b, q], T).view(-1, K), []
+        starts = range(0, len(g), piece) if of_x or s is not None else ()
+        for part in (slice(i, i + piece) for i in starts):
+            grad_rows = _rows_gradient(g[part], matrix, K)
+            if s is not None:
+                to_score.append((grad_rows * rows[part]).sum(-1))
+                grad_rows = grad_rows * s[part]
+            if of_x:
+                grad_x[b].view(-1, C).index_add_(0, place[part].flatten(), widen(grad_rows).reshape(-1, C))
         if s is not None:
-            grad_score[b, q] = (grad_rows * rows).sum(-1).view(index[b, q].shape)
-            grad_rows = grad_rows * s
-        if of_x:
-            grad_x[b].view(-1, C).index_add_(0, _flat(index[b, q], T), widen(grad_rows).reshape(-1, C))
+            grad_score[b, q] = torch.cat(to_score).view(index[b, q].shape)
+            rows *= s
+        if of_weight:
+            grad_matrix += _matrix_gradient(g, rows, groups)
     grad_weight = grad_matrix.to(weight.dtype).unflatten(2, (K, -1)).flatten(0, 1) if of_weight else None
     return grad_x, grad_weight, grad_score
 
@@ -159,11 +165,11 @@ def _split_groups(rows: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _grouped_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """(N, K, C) rows times (groups, O / groups, K * C / groups) -> (N, O)."""
+    """(N, K, C) rows, which it may overwrite, times (groups, O / groups, K * C / groups) -> (N, O)."""
     if matrix.shape[0] == 1:
         return rows.flatten(1) @ matrix[0].T
     if matrix.shape[0] == rows.shape[2] and matrix.shape[1] == 1:  # depthwise
-        return (rows * matrix[:, 0].T).sum(1)
+        return rows.mul_(matrix[:, 0].T).sum(1)
     return torch.bmm(_split_groups(rows, matrix.shape[0]), matrix.mT).transpose(0, 1).flatten(1)
 
 

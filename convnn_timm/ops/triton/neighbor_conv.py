@@ -45,7 +45,7 @@ def neighbor_conv(
     y = x.new_empty((B, Q, O))
     if y.numel() == 0:
         return y
-    x, index, matrix, score = _contiguous(x, index, weight.permute(2, 1, 0), score)
+    x, index, matrix, bias, score = _contiguous(x, index, weight.permute(2, 1, 0), bias, score)
     with on_device(x):
         if groups == 1:
             BO = block(O, 256 // x.element_size())
