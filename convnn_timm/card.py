@@ -308,12 +308,12 @@ import convnn_timm  # registers the architecture with timm
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
+from skimage.data import chelsea
 
 model = timm.create_model('{name}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
-image = Image.fromarray(load_sample_image('flower.jpg')){grey}  # or Image.open(...)
+image = Image.fromarray(chelsea()){grey}  # a cat; or Image.open(...)
 with torch.no_grad():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
 
@@ -385,7 +385,8 @@ def training(card: Card) -> str:
 
 - **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training, in the median epoch
 - **Software:** {versions}{commit}
-- **Command:** `{environment["command"]}`"""
+- **Command:** `{environment["command"]}`
+- **To repeat it:** `convnn-timm train -c training/args.yaml --data-dir DIR`, with all arguments as they were"""
 
 
 def evaluation(card: Card) -> str:
@@ -394,9 +395,10 @@ def evaluation(card: Card) -> str:
         f'| {precision}{", these" if precision == stored else ""} | {measured[precision]["top1"]:.2f} '
         f'| {measured[precision]["top5"]:.2f} | {measured[precision]["loss"]:.4f} |'
         for precision in ('float32', 'float16'))
+    split = card.on_the_hub[2]
     return f"""## Evaluation
 
-On all {measured[stored]["images"]:,} images of the split `{measured["split"]}` of {card.data}, mean over the images.
+On all {measured[stored]["images"]:,} images of the split `{split}` of {card.data}, mean over the images.
 The weights are those of the last epoch ({card.run.epochs}), not of the best one; seed {card.run.args["seed"]}.
 
 | weights | top-1 | top-5 | loss |
@@ -465,18 +467,22 @@ def comparison_row(runs: Sequence[Record]) -> str:
     if args['convert']:
         convert(model, **args['convert'])
     size = timm.data.resolve_data_config(args, model=model)['input_size']
+    layer = args['model'].partition('_')[2].removesuffix('_224')
+    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else ()
     arguments = {**args['model_kwargs'], **args['convert']}
     cells = [
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items() if key not in ignored),
         ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
         f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{runs[0].speed:.0f}']
     return f'| {" | ".join(map(str, cells))} |'
 
 
 def limitations(card: Card) -> str:
+    trained = 'measured at that size, and trained at it and smaller ones' if card.run.args.get('train_sizes') else (
+        'trained and measured at that size')
     lines = [
         f'- It knows the classes of {card.dataset} and answers with one of them whatever an image shows.',
-        f'- It was trained and measured at {card.size[1]} x {card.size[2]} pixels. Other images are resized to that.',
+        f'- Images are resized to {card.size[1]} x {card.size[2]} pixels. It was {trained}.',
         '- Robustness, calibration and fairness were not measured.',
     ]
     if len(card.runs) == 1:

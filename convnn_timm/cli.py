@@ -125,7 +125,7 @@ def build_parser() -> Parser:
         'export output/my-run --tag cifar10\n'
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
-    sub.add_argument('--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is called <architecture>.TAG')
+    sub.add_argument('--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
     sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
     sub.add_argument(
         '--twin', type=Path, metavar='RUN',
@@ -162,8 +162,8 @@ def build_parser() -> Parser:
     sub = add(
         'neighbors', neighbors, 'draw which neighbours the layers of a network choose, on an image',
         'neighbors cat.jpg --model local-dir:output/my-run/model --point 200,150 -o neighbors.png\n'
-        'neighbors cat.jpg --model resnet18_convnn_branching --layer layer2.0.conv1 --point 200,150 40,80 -o two.png\n'
-        'neighbors cat.jpg --model resnet18_convnn_branching --all-layers -o sheet.png')
+        'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --layer layer2.0.conv1 --point 200,150 -o two.png\n'
+        'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --all-layers -o sheet.png')
     sub.add_argument('image', type=Path, metavar='IMAGE', help='image file')
     sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
     which = sub.add_mutually_exclusive_group()
@@ -192,7 +192,7 @@ def build_parser() -> Parser:
     sub = add(
         'export-onnx', export_onnx, 'write a network as an ONNX file, and compare it with PyTorch on photographs',
         'export-onnx local-dir:output/my-run/model -o model.onnx\n'
-        'export-onnx resnet18_convnn_branching -o model.onnx --dynamic-batch --check cat.jpg dog.jpg\n'
+        'export-onnx resnet18_convnn_branching.cifar10 -o model.onnx --dynamic-batch --check cat.jpg dog.jpg\n'
         'export-onnx resnet50_convnn_branching_224 -o model.onnx --img-size 192 --batch 8')
     sub.add_argument('model', metavar='MODEL', help='as for `predict`, or a model without weights')
     sub.add_argument('-o', '--output', required=True, type=Path, metavar='OUT.onnx', help='file to make')

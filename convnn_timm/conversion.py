@@ -68,7 +68,7 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of a network, in place, by ConvNN layers.
 
-    Replaced are square convolutions of an odd kernel, 3 x 3 or larger. Their stride, padding, dilation, groups and
+    Replaces square convolutions with odd kernels, 3 x 3 or larger. Their stride, padding, dilation, groups and
     bias are kept, so every map keeps its size. A grouped convolution becomes a branching layer only if each group's
     outputs can be divided between the branches; a depthwise one never can, use 'convnn' for it. What cannot be replaced
     stays, and the report says why.
@@ -80,11 +80,11 @@ def convert(
             function of name and module. All by default.
         init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
             from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
-            `magnitude_type='euclidean'`) then leave the network's function as it is (but for `branch_norm`). Chosen by
-            similarity they are others than the convolution's, and its taps become the weights of their ranks: that of
-            the window's centre the weight of the position itself, the others in order of their distance from it; the
-            network has to be trained on. A branching layer divides the outputs between its branches, and its 1x1
-            convolution, if any, starts as the identity (for groups, a permutation): the convolution's share stays.
+            `magnitude_type='euclidean'`) then leave the network's function as it is (but for `branch_norm`). Neighbours
+            chosen by similarity are not the window's: its centre becomes the weight of the position itself, its other
+            taps, by distance from the centre, the weights of the ranks; train the network further. A branching layer
+            divides the outputs between its branches, and its 1x1 convolution, if any, starts as the identity (for
+            groups, a permutation): the convolution's share stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:

@@ -82,7 +82,7 @@ def export(
     """Make the folder of a published weight from the run folder that trained it, and write its line in the manifest.
 
     The weights are evaluated on the whole evaluation split, in float32 and rounded to float16, and are stored rounded
-    if that makes no difference.
+    if that costs at most 0.05 points of top-1.
 
     Args:
         run: Run folder of a finished training.

@@ -208,7 +208,9 @@ def explained():
         yield
     except UsageError:
         raise
-    except (ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+            ArithmeticError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
         raise UsageError(' '.join(str(error).split()) or type(error).__name__) from error
 
 

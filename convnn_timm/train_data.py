@@ -77,8 +77,8 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
     source = args.dataset.partition('/')[0].lower()
     if args.dataset and (source == args.dataset.lower() or source not in SOURCES):
         raise UsageError(
-            f'--dataset {args.dataset}: name it with its source, e.g. torch/cifar10 or hfds/uoft-cs/cifar10; for folders '
-            'of images leave it out')
+            f'--dataset {args.dataset}: name it with its source, e.g. torch/cifar10 or hfds/uoft-cs/cifar10; for '
+            'folders of images leave it out')
     if '[' in split and source != 'hfds':
         raise UsageError(f'{split!r}: only hfds/ data sets have parts of a split; --holdout evaluates on a part')
     if not args.dataset and not os.path.isdir(args.data_dir):

@@ -61,7 +61,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     """Find the checkpoint to continue from, or ''; touches nothing.
 
     Raises:
-        UsageError: If the folder holds another run or later epochs than the checkpoint, or if this comes from a run with
+        UsageError: If the folder holds another run or later epochs than the checkpoint, or if this is from a run with
             other arguments, unless they only make it longer and the folder is a new one.
     """
     auto = args.resume == 'auto'

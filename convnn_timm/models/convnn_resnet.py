@@ -80,7 +80,7 @@ class ConvNNResNet(ResNet):
             in_chans: Number of input channels.
             input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             block_args: Further arguments of the blocks.
-            **kwargs: Arguments of timm's ResNet, except those of the stem, the stride and the cardinality, which are fixed.
+            **kwargs: Arguments of timm's ResNet, except those of stem, stride and cardinality, which are fixed.
         """
         fixed = {'cardinality', 'output_stride', 'replace_stem_pool', 'stem_type', 'stem_width'} & kwargs.keys()
         if fixed:
