@@ -722,6 +722,13 @@ def test_every_python_block_of_a_card_runs_as_printed(session, on_the_hub):
     assert shapes == [line[4:] for line in card if line.startswith('#   (')]
 
 
+def test_the_card_of_somebody_else_runs_where_the_name_is_unknown(session, hub):
+    session(f"run('push', {str(session.folder)!r}, '--namespace', 'alice')", token='hf_other')
+    (session.folder / 'README.md').write_bytes(hub.files(f'alice/{NAME}')['README.md'])
+    session.manifest.write_text('[]')
+    assert session(blocks_of(session.folder)).lines.count('ran') == 3
+
+
 def test_the_card_of_a_model_for_224_pixels_runs_as_printed(session):
     name = 'resnet18_convnn_branching_224.noise'
     folder = shutil.copytree(session.folder, session.cards / name)
