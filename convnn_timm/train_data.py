@@ -97,8 +97,9 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
 
 def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their numbers."""
-    if classes := getattr(dataset, 'classes', None):  # torchvision's; those of ImageNet have several names each
-        return [name if isinstance(name, str) else ', '.join(name) for name in classes]
+    classes = getattr(dataset, 'classes', None)
+    if classes and not isinstance(classes[0], str):  # torchvision's ImageNet, where a class has several names
+        return [', '.join(names) for names in classes]
     numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     return sorted(numbers, key=numbers.get) if numbers else None
 

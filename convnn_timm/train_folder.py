@@ -82,7 +82,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         return ''
     saved = utils.load_checkpoint_metadata(checkpoint)
     last = folder / 'last.pth.tar'
-    if own and last.is_file() and utils.load_checkpoint_metadata(last)['epoch'] > saved.get('epoch', 0):
+    if own and not auto and last.is_file() and utils.load_checkpoint_metadata(last)['epoch'] > saved.get('epoch', 0):
         raise UsageError(
             f'{folder} would lose the epochs after {checkpoint.name}: choose another --experiment to go on from there')
     if 'args' not in saved:
@@ -141,16 +141,16 @@ def begin_run(args: argparse.Namespace, checkpoint: str, start: int, description
                 file.write(text)
         except FileExistsError:
             raise not_empty(folder) from None
+        if checkpoint:  # so that the new run, too, can go on from the first moment
+            torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
+            os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
+            parts = [
+                file for file in source.glob('environment*.json') if int(file.stem.partition('-')[2] or 0) <= start]
+            for file in *source.glob('summary.csv'), *parts:
+                shutil.copy(file, folder)
         (folder / 'model.txt').write_text(description)
         if args.config:
             (folder / 'recipe.yaml').write_bytes(find_recipe(args.config).read_bytes())
-    if checkpoint and not own:  # so that the new run, too, can go on from the first moment
-        torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
-        os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
-        parts = [
-            file for file in source.glob('environment*.json') if int(file.stem.partition('-')[2] or 0) <= start]
-        for file in *source.glob('summary.csv'), *parts:
-            shutil.copy(file, folder)
     utils.trim_summary(folder / 'summary.csv', start)
     return own
 
