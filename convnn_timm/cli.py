@@ -340,16 +340,14 @@ def run(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     import torch
-    from timm.data import create_transform, resolve_data_config
-    from convnn_timm.images import ImageError, image_mode, read_image
+    from convnn_timm.images import ImageError, read_image
 
     if args.topk < 1:
         raise CommandError(f'--topk must be 1 or more, got {args.topk}', code=2)
     device = find_device(args.device)
     model = load_model(args.model, args.checkpoint).eval().to(device)
     name_of = class_names(model)
-    config = resolve_data_config({}, model=model)
-    transform, mode = create_transform(**config, is_training=False), image_mode(config['input_size'][0])
+    transform, mode, _ = preprocessing(model)
 
     status = 0
     for path in find_images(args.images):
@@ -428,9 +426,7 @@ def stats(args: argparse.Namespace) -> int:
 
 def export_onnx(args: argparse.Namespace) -> int:
     import torch
-    from timm.data import create_transform, resolve_data_config
     from convnn_timm import onnx_export
-    from convnn_timm.images import image_mode
 
     opset = args.opset or onnx_export.OPSET
     newest = onnx_module('onnx').defs.onnx_opset_version()
@@ -444,13 +440,11 @@ def export_onnx(args: argparse.Namespace) -> int:
     check_outputs([args.output], args.force)
     with wrong_values():
         model = load_or_draw_model(args.model).eval()
-        config = resolve_data_config({'img_size': args.img_size} if args.img_size else {}, model=model)
-        transform, mode = create_transform(**config, is_training=False), image_mode(config['input_size'][0])
+        transform, mode, size = preprocessing(model, args.img_size)
         photos = {name: transform(photo) for name, photo in check_photos(args.check, mode)} if runtime else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        onnx_export.export_onnx(
-            model, args.output, config['input_size'], args.batch, args.dynamic_batch, opset)
-    shape = ' x '.join(map(str, ('any number' if args.dynamic_batch else args.batch, *config['input_size'])))
+        onnx_export.export_onnx(model, args.output, size, args.batch, args.dynamic_batch, opset)
+    shape = ' x '.join(map(str, ('any number' if args.dynamic_batch else args.batch, *size)))
     print(f'{args.output}: opset {opset}, images {shape}, {args.output.stat().st_size / 1e6:.1f} MB')
     if any(getattr(layer, 'sampling_type', '') == 'random' for layer in model.modules()):
         print('convnn-timm: note: random candidates are those of every evaluation here, drawn once', file=sys.stderr)
@@ -492,10 +486,9 @@ def check_photos(paths: Optional[List[str]], mode: str) -> Iterator[Tuple[str, '
         for path in find_images(paths):
             yield str(path), read_image(path, mode)
     else:
-        from PIL import Image
-        from sklearn.datasets import load_sample_image
-        for name in 'china.jpg', 'flower.jpg':
-            yield f'{name} of scikit-learn', Image.fromarray(load_sample_image(name)).convert(mode)
+        from convnn_timm.images import sample_photographs
+        for name, photo in sample_photographs(mode).items():
+            yield f'{name} of scikit-learn', photo
 
 
 @contextmanager
@@ -514,8 +507,6 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
         The model, in evaluation on the device, its transform of images, and the mode of the images.
     """
     import timm
-    from timm.data import create_transform, resolve_data_config
-    from convnn_timm.images import image_mode
     from convnn_timm.visualize import neighbor_layers
 
     if timm.is_model(name):
@@ -523,8 +514,16 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
             neighbor_layers(timm.create_model(name, device='meta'))  # before anything is downloaded
     model = load_or_draw_model(name)
     neighbor_layers(model)
-    config = resolve_data_config({}, model=model)
-    return model.eval().to(device), create_transform(**config, is_training=False), image_mode(config['input_size'][0])
+    return model.eval().to(device), *preprocessing(model)[:2]
+
+
+def preprocessing(model: 'nn.Module', img_size: Optional[int] = None) -> Tuple[Callable, str, Tuple[int, int, int]]:
+    """What images go through before the model, Pillow's mode of them, and the size (C, H, W) that they come out in."""
+    from timm.data import create_transform, resolve_data_config
+    from convnn_timm.images import image_mode
+
+    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
+    return create_transform(**config, is_training=False), image_mode(config['input_size'][0]), config['input_size']
 
 
 def load_or_draw_model(name: str) -> 'nn.Module':

@@ -33,18 +33,17 @@ import yaml
 from huggingface_hub import (
     CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download, snapshot_download)
 from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 import convnn_timm.models  # noqa: F401, registers the models
 from .card import PLACES, Record, build_model, machine_name, read_config, write_card
-from .images import image_mode
+from .images import image_mode, sample_photographs
 from .models import _weights
 from .models._weights import (
-    FORMATS, HUB_FAILURES, TRANSFER_FAILURES, WEIGHTS, OtherWeights, WeightsError, check_file, explain, find_entry,
-    local_file, manifest_revision, namespace, read_manifest, sha256, split_revision)
+    FORMATS, WEIGHTS, OtherWeights, WeightsError, check_file, explain, explained, find_entry, local_file,
+    manifest_revision, namespace, read_manifest, sha256, split_revision)
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import check_classes, create_batches, create_parts
@@ -59,7 +58,6 @@ HALF_PRECISION_LOSS = 0.05
 # Between golden logits and those computed again; both in float64, where machines differ by far less.
 GOLDEN_TOLERANCE = 1e-6
 MEASURED_SECONDS = 3.  # in which the speed of inference is measured
-PHOTOGRAPHS = ('china.jpg', 'flower.jpg')  # come with scikit-learn
 NEW_TOKEN = f'{constants.ENDPOINT}/settings/tokens makes one with write access'
 CONFIG, GOLDEN, CARD = 'config.json', 'golden.safetensors', 'README.md'
 # The parts of config.json that loading by name needs, see models/_weights.py.
@@ -298,20 +296,17 @@ def copy_record(run: Path, folder: Path, seeds: Iterable[Path] = ()) -> None:
 
 def write_golden(folder: Path) -> None:
     """Write inputs, one of seeded noise and photographs as the model sees them, and their logits."""
-    from sklearn.datasets import load_sample_image
-
     config = read_config(folder)
     size = tuple(config['pretrained_cfg']['input_size'])
     data_config = resolve_data_config(pretrained_cfg=config['pretrained_cfg'])
     transform = create_transform(**data_config, is_training=False)
-    mode = image_mode(size[0])
-    photographs = [Image.fromarray(load_sample_image(name)).convert(mode) for name in PHOTOGRAPHS]
+    photographs = sample_photographs(image_mode(size[0]))
     noise = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
-    inputs = torch.stack([torch.from_numpy(noise), *map(transform, photographs)])
+    inputs = torch.stack([torch.from_numpy(noise), *map(transform, photographs.values())])
     model = build_model(config)
     model.load_state_dict(load_file(folder / WEIGHTS))
     tensors = dict(inputs=inputs, logits=golden_logits(model, inputs))
-    save_file(tensors, folder / GOLDEN, metadata={'inputs': ', '.join(('noise (seed 0)', *PHOTOGRAPHS))})
+    save_file(tensors, folder / GOLDEN, metadata={'inputs': ', '.join(('noise (seed 0)', *photographs))})
 
 
 @torch.no_grad()
@@ -446,15 +441,13 @@ def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None, nee
     Without connection, that is what the cache has of it. If needed files are not there, it is an error, unless the
     repository lacks them too.
     """
-    try:
+    with explained(repo, revision):
         found = Path(snapshot_download(repo, revision=revision, local_dir=folder))
         for name in needed:
             if not (found / name).is_file():
                 with suppress(RemoteEntryNotFoundError):
                     hf_hub_download(repo, name, revision=revision, local_dir=folder)
-    except TRANSFER_FAILURES as error:
-        raise WeightsError(explain(error, repo, revision)) from error
-    return found
+        return found
 
 
 # Pull
@@ -534,10 +527,8 @@ def download_again(file: Path, repo: str, revision: Optional[str]) -> Path:
     """Download weights in place of a file in the cache."""
     if not file.is_symlink():  # the client would leave it there
         file.unlink()
-    try:
+    with explained(repo, revision):
         return Path(hf_hub_download(repo, WEIGHTS, revision=revision, force_download=True))
-    except TRANSFER_FAILURES as error:
-        raise WeightsError(explain(error, repo, revision)) from error
 
 
 # Push
@@ -577,7 +568,7 @@ def push(
         raise WeightsError('\n'.join(['nothing was sent:', *problems]))
 
     api, files = HfApi(), files_for(repo, folder)
-    try:
+    with explained(repo, revision, ', what was sent is kept'):
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:
             raise WeightsError(
@@ -590,10 +581,6 @@ def push(
             commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
         else:
             commit = api.repo_info(repo, revision=revision).sha
-    except WeightsError:
-        raise
-    except TRANSFER_FAILURES as error:
-        raise WeightsError(f'{explain(error, repo, revision)}, what was sent is kept') from error
 
     check_remote(repo, commit, files, entry)
     write_entry(dict(entry, hub_id=repo, revision=commit))
@@ -604,10 +591,8 @@ def check_access(owner: str) -> None:
     """Make sure that there is a token, that the Hub knows it, and that it may write under that name."""
     if not get_token():
         raise WeightsError(f'you are not logged in: run `hf auth login`, or set HF_TOKEN; {NEW_TOKEN}')
-    try:
+    with explained(owner):
         user = HfApi().whoami()
-    except HUB_FAILURES as error:
-        raise WeightsError(explain(error, owner)) from error
     token = (user.get('auth') or {}).get('accessToken', {})
     if token.get('role') == 'read' or 'repo.write' not in str(token.get('fineGrained', 'repo.write')):
         raise WeightsError(f"the token of {user['name']} can only read: {NEW_TOKEN}")

@@ -1,13 +1,13 @@
 """Image files become pixels by one rule, in training and in prediction."""
 from pathlib import Path
-from typing import IO, Union
+from typing import IO, Dict, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
-__all__ = ['ImageError', 'image_mode', 'read_image']
+__all__ = ['ImageError', 'image_mode', 'read_image', 'sample_photographs']
 
 
 class ImageError(UserError, ValueError):
@@ -27,6 +27,12 @@ def image_mode(channels: int) -> str:
     if channels not in (1, 3):
         raise ImageError(f'the model takes {channels} channels: image files have 1 (grey) or 3')
     return 'L' if channels == 1 else 'RGB'
+
+
+def sample_photographs(mode: str = 'RGB') -> Dict[str, Image.Image]:
+    """Two photographs that come with scikit-learn, by their names."""
+    from sklearn.datasets import load_sample_image
+    return {name: Image.fromarray(load_sample_image(name)).convert(mode) for name in ('china.jpg', 'flower.jpg')}
 
 
 def read_image(file: Union[str, Path, IO[bytes]], mode: str = 'RGB') -> Image.Image:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import group_parameters, save_for_hf
+from timm.models import group_parameters, resolve_model_input_args, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
@@ -266,6 +266,13 @@ def test_weights_that_cannot_be_adapted_to_one_input_channel(layer, options):
     with pytest.raises(RuntimeError, match='cannot be adapted to another number of input channels'):
         timm.create_model(f'vgg11_{layer}', in_chans=1, **args)
     timm.create_model(f'vgg11_{layer}', **args)
+
+
+def test_timms_scripts_build_the_network_of_the_weights():
+    """They name a model by its configuration, which `--pretrained` makes the weights' own network."""
+    name = 'resnet18_convnn_branching.cifar10'
+    model = timm.create_model(**resolve_model_input_args(name, {}, pretrained=True, num_classes=3))
+    assert str(model) == str(timm.create_model(name, num_classes=3))
 
 
 def test_another_sampling_than_that_of_the_weights_needs_no_number():

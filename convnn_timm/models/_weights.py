@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
@@ -29,7 +30,7 @@ from timm.models import resolve_pretrained_cfg
 from convnn_timm.errors import UserError
 
 __all__ = [
-    'FORMATS', 'HUB_FAILURES', 'TRANSFER_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain',
+    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain', 'explained',
     'find_entry', 'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg',
     'read_manifest', 'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
 
@@ -227,14 +228,10 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None
         repo, revision = split_revision(source)
     if file is None:
-        try:
+        hint = '. The weights of this version are not on the Hub yet: use a checkout of the project, or set ' \
+            'CONVNN_TIMM_ZOO to the model_cards of one' if entry and entry['revision'] is None else ''
+        with explained(repo, revision, hint):
             file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=kwargs.get('cache_dir')))
-        except TRANSFER_FAILURES as error:
-            hint = ''
-            if entry and entry['revision'] is None:
-                hint = '. The weights of this version are not on the Hub yet: use a checkout of the project, or set ' \
-                    'CONVNN_TIMM_ZOO to the model_cards of one'
-            raise WeightsError(explain(error, repo, revision) + hint) from error
     try:
         check_file(file, entry and entry['sha256'], source)
     except WeightsError as error:
@@ -253,6 +250,17 @@ def hub_sha256(repo: str) -> str:
         return get_hf_file_metadata(hf_hub_url(repo, WEIGHTS)).etag or ''
     except TRANSFER_FAILURES:
         return ''
+
+
+@contextmanager
+def explained(repo: str, revision: Optional[str] = None, hint: str = '') -> Iterator[None]:
+    """Say of what fails in a transfer what `explain` says, and a hint."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except TRANSFER_FAILURES as error:
+        raise WeightsError(explain(error, repo, revision) + hint) from error
 
 
 def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> str:
