@@ -125,7 +125,8 @@ def build_parser() -> Parser:
         'export output/my-run --tag cifar10\n'
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
-    sub.add_argument('--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
+    sub.add_argument(
+        '--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
     sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
     sub.add_argument(
         '--twin', type=Path, metavar='RUN',

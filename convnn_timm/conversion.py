@@ -21,6 +21,7 @@ from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
+from .layers.factory import check_arguments
 from .layers.script import record_call
 from .macs import count_macs, count_parameters
 
@@ -150,8 +151,7 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
         raise ValueError(f'unknown init {init!r}, valid are {", ".join(STARTS)}')
     if taken := [name for name in FROM_CONV if name in layer_args]:
         raise TypeError(f'{", ".join(taken)}: comes from the convolution that is replaced, leave it out')
-    if unknown := sorted(set(layer_args) - set(layer_arguments())):
-        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+    check_arguments(layer_args)
     shuffled = layer_args.get('shuffle_pattern', 'NA') != 'NA'
     if shuffled and layer_args['shuffle_pattern'] != 'BA':
         pattern = layer_args['shuffle_pattern']

@@ -1,7 +1,7 @@
 """Create the layer that a model's name asks for."""
 import inspect
 from functools import lru_cache
-from typing import Optional, Tuple
+from typing import Iterable, Optional, Tuple
 
 import torch.nn as nn
 
@@ -11,7 +11,7 @@ from .branching import Branching2d, BranchingAttention2d
 from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
 
-__all__ = ['LAYER_TYPES', 'create_layer', 'layer_arguments']
+__all__ = ['LAYER_TYPES', 'check_arguments', 'create_layer', 'layer_arguments']
 
 # Suffix of a model's name -> the layer in place of its 3x3 convolutions.
 LAYER_TYPES = {
@@ -38,6 +38,12 @@ def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
     return tuple(dict.fromkeys(name for layer in LAYER_TYPES for name in layer_arguments(layer)))
 
 
+def check_arguments(names: Iterable[str]) -> None:
+    """Refuse arguments that no layer has."""
+    if unknown := sorted(set(names) - set(layer_arguments())):
+        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+
+
 def create_layer(
         layer: str,
         in_channels: int,
@@ -57,8 +63,7 @@ def create_layer(
         ValueError: An unknown layer, or a value that it refuses.
         TypeError: An argument that no layer has.
     """
-    if unknown := sorted(set(layer_args) - set(layer_arguments())):
-        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+    check_arguments(layer_args)
     layer_args = {name: value for name, value in layer_args.items() if name in layer_arguments(layer)}
     if layer in ('conv2d', 'conv2d_new'):
         if kernel_size % 2 == 0:

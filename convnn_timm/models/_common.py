@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from convnn_timm.layers import Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
+from convnn_timm.layers.factory import check_arguments
 from ._weights import find_weights, with_tag_arguments
 
 __all__ = [
@@ -24,8 +25,7 @@ def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, 
 
 def check_known(kwargs: Dict[str, Any], network: Type[nn.Module]) -> None:
     """Refuse what neither the layers nor timm's network take, which would not name the layers' arguments."""
-    if unknown := sorted(kwargs.keys() - inspect.signature(network).parameters.keys()):
-        raise TypeError(f'unknown argument {", ".join(unknown)}; layer arguments are {", ".join(layer_arguments())}')
+    check_arguments(kwargs.keys() - inspect.signature(network).parameters.keys())
 
 
 def sampled(layer_args: Dict[str, Any]) -> Dict[str, Any]:

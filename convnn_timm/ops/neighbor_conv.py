@@ -119,7 +119,7 @@ def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if of_x else None
     grad_matrix = widen(torch.zeros_like(matrix)) if of_weight else None
     grad_score = None if score is None else torch.empty_like(score, memory_format=torch.contiguous_format)
-    piece = max(1, chunk_bytes(x.device) // 2 ** 13)  # queries; the gradient of all rows of a chunk would leave the cache
+    piece = max(1, chunk_bytes(x.device) // 2 ** 13)  # queries; all rows of a chunk would leave the cache
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
         s = None if score is None else score[b, q].reshape(-1, K, 1)
