@@ -25,7 +25,8 @@ from .train_args import defaults
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
-    'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'machine_name', 'read_card', 'read_config', 'write_card']
+    'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'compared', 'machine_name', 'read_card', 'read_config',
+    'write_card']
 
 # Data sets by what the tag begins with, before an underscore: identifier on the Hub, name, and what the split to
 # evaluate on is called there.
@@ -109,8 +110,9 @@ class Record:
 
     @property
     def speed(self) -> float:
-        """Images a second in training, in the median epoch: other programs may have slowed some."""
-        return median(float(row['train_images_per_s']) for row in self.summary)
+        """Images a second in training, in the median epoch of full-size images: other programs may have slowed some."""
+        rows = self.summary[len(self.args['train_sizes'] or ()):] or self.summary
+        return median(float(row['train_images_per_s']) for row in rows)
 
     def epoch_seconds(self, images: int) -> float:
         """Seconds that an epoch of so many images takes in training, at that speed."""
@@ -127,16 +129,36 @@ def read_runs(folder: Path) -> List[Record]:
     return [Record(path) for path in (folder, *repetitions)]
 
 
+def compared(runs: Sequence[Record], twins: Sequence[Record]) -> Tuple[Record, Record]:
+    """A run and a twin whose speeds compare, if there are such: of the same seed, on the same machine."""
+    same = ((run, twin) for run in runs for twin in twins
+            if run.args['seed'] == twin.args['seed'] and run.machine == twin.machine)
+    return next(same, (runs[0], twins[0]))
+
+
 def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
     """What runs recorded after their last epoch: mean, and sample standard deviation if they are several."""
     values = [run.last(column) for run in runs]
     return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
 
 
+def layer_of(architecture: str) -> str:
+    """The layer in a model's name, a key of `KINDS`."""
+    return architecture.partition('_')[2].removesuffix('_224')
+
+
+def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
+    """A model's arguments without those of other layers, which its own take and ignore."""
+    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else ()
+    return {name: value for name, value in arguments.items() if name not in ignored}
+
+
 def machine_name(environment: Dict[str, Any]) -> str:
     """The processor that an environment.json names."""
     threads, capability = environment['threads'], environment.get('cpu_capability')
     vectors = f' with {capability}' if capability else ''
+    if environment.get('cpu_amx'):
+        vectors += ' and AMX'
     return environment['gpu'] or f'{environment["cpu"]}{vectors}, {threads} thread{"s" if threads > 1 else ""}'
 
 
@@ -157,7 +179,7 @@ class Card:
     @property
     def layer(self) -> str:
         """What stands for the 3x3 convolutions, a key of `KINDS`."""
-        return self.config['architecture'].partition('_')[2].removesuffix('_224')
+        return layer_of(self.config['architecture'])
 
     @property
     def layer_args(self) -> Dict[str, Any]:
@@ -218,7 +240,7 @@ def write_card(folder: Path, name: str) -> None:
 
 def metadata(card: Card) -> ModelCardData:
     measured = card.evaluation[card.evaluation['stored']]
-    dataset_id, dataset, split = card.on_the_hub
+    dataset_id, _, split = card.on_the_hub
     return ModelCardData(
         license=card.config['pretrained_cfg'].get('license') or 'mit',  # a converted network keeps its own
         library_name='timm',
@@ -231,7 +253,7 @@ def metadata(card: Card) -> ModelCardData:
             EvalResult(
                 task_type='image-classification',
                 dataset_type=dataset_id,
-                dataset_name=dataset,
+                dataset_name=card.data,
                 dataset_split=split,
                 metric_type='accuracy',
                 metric_name=label,
@@ -244,7 +266,8 @@ def metadata(card: Card) -> ModelCardData:
 def details(card: Card) -> str:
     channels, height, width = card.size
     names = card.config.get('label_names')
-    arguments = ', '.join(f'`{key}={value}`' for key, value in card.config.get('model_args', {}).items())
+    arguments = ', '.join(
+        f'`{key}={value}`' for key, value in useful(card.layer, card.config.get('model_args', {})).items())
     speed = card.evaluation['inference']
     return f"""An image classifier for timm, {KINDS[card.layer]}. Trained on {card.data}.
 
@@ -266,7 +289,7 @@ def details(card: Card) -> str:
 def form(card: Card) -> str:
     """In which form the model has its layers, in a sentence."""
     if card.layer == 'conv2d':
-        return 'convolutions of PyTorch, for which the arguments of ConvNN layers mean nothing'
+        return 'convolutions of PyTorch'
     if card.layer not in LAYER_TYPES:
         return 'as the arguments say'
     parameters, given = inspect.signature(LAYER_TYPES[card.layer]).parameters, card.layer_args
@@ -375,6 +398,7 @@ def training(card: Card) -> str:
         e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
         for e in card.run.environments if e['commit'])
     commit = f' at commit {", then ".join(commits)}' if commits else ''
+    small = ' of full-size images' if args['train_sizes'] else ''
     return f"""## Training
 
 {on}. All arguments are in training/args.yaml, the epochs in training/summary.csv and training/curve.png.
@@ -383,7 +407,7 @@ def training(card: Card) -> str:
 |---|---|
 {rows}
 
-- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training, in the median epoch
+- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training, in the median epoch{small}
 - **Software:** {versions}{commit}
 - **Command:** `{environment["command"]}`
 - **To repeat it:** `convnn-timm train -c training/args.yaml --data-dir DIR`, with all arguments as they were"""
@@ -440,10 +464,14 @@ def comparison(card: Card) -> str:
     arguments = f'other arguments: {"; ".join(different)}' if different else 'the same arguments'
     if twin.images != run.images:
         arguments += f', and evaluated on {twin.images:,} images, not {run.images:,}'
-    rows = '\n'.join(map(comparison_row, (card.runs, card.twins)))
+    timed = compared(card.runs, card.twins)
+    rows = '\n'.join(map(comparison_row, (card.runs, card.twins), timed))
     spread = '' if len(card.runs) == len(card.twins) == 1 else (
-        '\nOf several seeds these are the mean and the sample standard deviation; the speed is that of the first.')
-    speeds = '' if twin.machine == run.machine else ' Speeds on different machines do not compare.'
+        '\nOf several seeds these are the mean and the sample standard deviation.')
+    machine, other = (record.machine for record in timed)
+    speeds = f'Speeds are those of seed {timed[0].args["seed"]}, on {machine}.'
+    if other != machine:
+        speeds = f'The speeds do not compare: they are those on {machine}, and of the twin on {other}.'
     return f"""
 
 ### Model Comparison
@@ -455,10 +483,10 @@ epoch of training{held_out(run)}.{spread}
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-The machine of the twin: {twin.machine}.{speeds}"""
+{speeds}"""
 
 
-def comparison_row(runs: Sequence[Record]) -> str:
+def comparison_row(runs: Sequence[Record], timed: Record) -> str:
     args = runs[0].args
     kwargs = dict(args['model_kwargs'])
     if args['input_size']:
@@ -467,13 +495,11 @@ def comparison_row(runs: Sequence[Record]) -> str:
     if args['convert']:
         convert(model, **args['convert'])
     size = timm.data.resolve_data_config(args, model=model)['input_size']
-    layer = args['model'].partition('_')[2].removesuffix('_224')
-    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else ()
-    arguments = {**args['model_kwargs'], **args['convert']}
+    arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
     cells = [
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items() if key not in ignored),
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
         ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
-        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{runs[0].speed:.0f}']
+        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{timed.speed:.0f}']
     return f'| {" | ".join(map(str, cells))} |'
 
 

@@ -271,7 +271,7 @@ def is_emulated(dtype: str) -> bool:
 
 
 def warn_of_emulation(args: argparse.Namespace) -> None:
-    """On a CPU without instructions for it, a step in lower precision takes a hundred times as long as in float32."""
+    """On a CPU without instructions for it, a step in lower precision takes far longer than in float32."""
     if args.amp and is_emulated(args.amp_dtype):
         _logger.warning(f'this processor has no instructions for {args.amp_dtype}, which makes it very slow: --no-amp '
                         'trains in float32')

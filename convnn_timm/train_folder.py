@@ -200,8 +200,8 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
         return done.stdout.strip() if done.returncode == 0 else None
 
     tracked = git('ls-files', '--error-unmatch', Path(__file__).name)  # not installed into somebody else's checkout
-    cpuinfo = Path('/proc/cpuinfo')
-    cpus = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line] if cpuinfo.is_file() else []
+    cpuinfo = file.read_text() if (file := Path('/proc/cpuinfo')).is_file() else ''
+    cpus = [line for line in cpuinfo.splitlines() if 'model name' in line]
     on_gpu = torch.device(args.device).type == 'cuda'
     words = [word if word.rpartition('=')[2] == args.data_dir else without_folders(word) for word in command]
     return dict(
@@ -214,6 +214,7 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
         platform=f'{platform.system()} {platform.machine()}',
         cpu=cpus[0].split(':')[1].strip() if cpus else platform.processor(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_amx='amx_bf16' in cpuinfo,  # multiplies in bfloat16
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         processes=int(os.environ.get('WORLD_SIZE', 1)),

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pytest
@@ -338,7 +337,8 @@ def test_metadata_is_what_the_hub_asks_for(published):
     assert data.datasets == ['uoft-cs/cifar10'] and data.metrics == ['accuracy'] and data.model_name == NAME
     top1 = data.eval_results[0]
     assert top1.dataset_split == 'test'  # as the Hub calls it, in the folder it is `validation`
-    assert top1.dataset_type == 'uoft-cs/cifar10' and top1.task_type == 'image-classification'
+    assert top1.dataset_type == 'uoft-cs/cifar10' and top1.dataset_name == 'CIFAR-10 (made of noise)'
+    assert top1.task_type == 'image-classification'
     assert top1.metric_value == round(evaluation[evaluation['stored']]['top1'], 2)
 
 
@@ -415,13 +415,15 @@ def test_the_twin_may_be_published_and_brings_its_seeds(published, manifest, res
      'before they are mixed; the 1x1 convolution that mixes the branches starts as the identity; `K` is 5, not 9\n'),
     ('resnet18_convnn_branching', dict(branch_mix=False, pointwise_init='identity'),
      'except that the branches stand side by side, no 1x1 convolution mixes them\n'),
-    ('resnet18_conv2d', dict(sampling_type='random'), 'convolutions of PyTorch, for which'),
+    ('resnet18_conv2d', dict(sampling_type='random', in_chans=3), 'convolutions of PyTorch\n'),
     ('convnn_converted', dict(base='test_resnet', convert=dict(branch_ratio=0.25)), 'as the arguments say\n')])
 def test_the_card_says_in_which_form_the_layers_are(card, architecture, model_args, text):
     rewrite(card / 'config.json', architecture=architecture, model_args=model_args)
     hub.write_card(card, NAME)
-    line, = re.findall(r'^- \*\*Layers:\*\* (.*\n)', (card / 'README.md').read_text(), re.MULTILINE)
-    assert line.endswith(text) or line.startswith(text)
+    arguments, line = re.findall(r'^- \*\*(?:Architecture|Layers):\*\* (.*\n)', (card / 'README.md').read_text(), re.MULTILINE)
+    assert line.endswith(text)
+    if architecture == 'resnet18_conv2d':  # which has no use for it
+        assert arguments == '`resnet18_conv2d`, `in_chans=3`\n'
 
 
 def test_the_card_says_where_the_twin_differs(published, card):
@@ -433,11 +435,23 @@ def test_the_card_says_where_the_twin_differs(published, card):
     set_last(file.parent, 'eval_images', 12)
     hub.write_card(card, NAME)
     assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
-    assert 'Speeds' not in (card / 'README.md').read_text()
-    environment = file.parent / 'environment.json'
-    environment.write_text(json.dumps({**json.loads(environment.read_text()), 'gpu': 'H200'}))
-    hub.write_card(card, NAME)
-    assert 'The machine of the twin: H200. Speeds on different machines do not compare.' in (card / 'README.md').read_text()
+
+
+def test_speeds_are_compared_on_one_machine(card):
+    def text():
+        hub.write_card(card, NAME)
+        return (card / 'README.md').read_text()
+
+    twin = card / 'training' / 'twin'
+    (twin / 'seeds').mkdir()
+    again = repeat(twin, 1).rename(twin / 'seeds' / '1')
+    for run, speed in ((twin, 30000.), (again, 50000.)):
+        set_last(run, 'train_images_per_s', speed)
+    assert 'Speeds are those of seed 0, on ' in text() and f'| {Record(twin).speed:.0f} |\n' in text()
+    rewrite(twin / 'environment.json', gpu='H200')
+    assert 'Speeds are those of seed 1, on ' in text() and f'| {Record(again).speed:.0f} |\n' in text()
+    rewrite(again / 'environment.json', gpu='H200')
+    assert re.search(r'The speeds do not compare: they are those on .*, and of the twin on H200\.\n', text())
 
 
 def test_what_an_older_trainer_did_not_know_was_as_by_default(card):
@@ -530,6 +544,8 @@ def test_a_slowed_epoch_does_not_count_as_the_speed(card, tmp_path):
     (training / 'summary.csv').write_text('\n'.join([columns, *rows]) + '\n')
     run = Record(training)
     assert run.speed == 90 and run.epoch_seconds(450) == 5
+    run.args['train_sizes'] = [8]  # a first epoch of smaller images does not count either
+    assert run.speed == 46
 
 
 def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
@@ -550,12 +566,11 @@ def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
     training = tmp_path / 'model_cards' / NAME / 'training'
     for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'twin', 92.5)):
         set_top1(folder, top1)
-    speeds = [float(row['train_images_per_s']) for row in csv.DictReader((training / 'summary.csv').open())]
-    seconds = 48 / median(speeds)
+    seconds = [48 / Record(folder).speed for folder in (training, training / 'twin')]
     row, = (line for line in zoo().splitlines() if line.startswith(f'| [`{NAME}`](model_cards/{NAME}) |'))
     cells = [cell.strip() for cell in row.split('|')[2:-1]]
     assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.1 M', '0.007 G', '2']
-    assert cells[6] == f'{seconds:.0f}' and 'thread' in cells[7]
+    assert cells[6:8] == [f'{s:.0f}' for s in seconds] and 'thread' in cells[8]
     assert f'| [`{NAME}`]({NAME}) |' in zoo('model_cards/README.md') and 'CIFAR-10 (made of noise)' in zoo()
     assert f"model = timm.create_model('{NAME}', pretrained=True)" in zoo()
     shutil.rmtree(training / 'seeds')

@@ -111,6 +111,7 @@ def test_environment_names_no_machine_and_no_folder_but_the_data(run, images):
     record = json.loads(text)
     assert record['torch'] == torch.__version__.split('+')[0]
     assert record['cpu_capability'] == torch.backends.cpu.get_cpu_capability()  # AVX512 or AVX2: a factor of six
+    assert record['cpu_amx'] in (True, False)
     assert record['command'].startswith('convnn-timm train ')
     assert os.uname().nodename not in text
     assert str(run.parent) not in text and str(images) in text

