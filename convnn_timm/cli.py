@@ -54,7 +54,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if argv[:1] == ['train']:
             return train(argv[1:])
         args = build_parser().parse_args(argv)
-        return args.command(args) or 0
+        if args.command is not run:
+            return args.command(args) or 0
     except UserError as error:
         report(str(error))
         return error.code
@@ -69,6 +70,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise
         report(f'{error.filename}: {error.strerror}' if error.filename else error.strerror)
         return 1
+    return run(args) or 0  # the script's errors are its own
 
 
 def report(message: str) -> None:
@@ -341,12 +343,14 @@ def run(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     import torch
-    from convnn_timm.images import ImageError, read_image
+    from convnn_timm.images import ImageError, preprocessing, read_image
 
     if args.topk < 1:
         raise CommandError(f'--topk must be 1 or more, got {args.topk}', code=2)
     device = find_device(args.device)
     model = load_model(args.model, args.checkpoint).eval().to(device)
+    if not model.num_classes:
+        raise CommandError(f'{args.model} has no classes to name')
     name_of = class_names(model)
     transform, mode, _ = preprocessing(model)
 
@@ -393,6 +397,8 @@ def stats(args: argparse.Namespace) -> int:
 
     if args.limit < 1:
         raise CommandError(f'--limit must be 1 or more, got {args.limit}', code=2)
+    if args.output.exists() and not args.output.is_dir():
+        raise CommandError(f'{args.output} is a file, not a folder', code=2)
     table, plot = args.output / 'stats.csv', args.output / 'stats.png'
     check_outputs([table, plot], args.force)
     paths = list(find_images([str(args.images)]))
@@ -428,6 +434,7 @@ def stats(args: argparse.Namespace) -> int:
 def export_onnx(args: argparse.Namespace) -> int:
     import torch
     from convnn_timm import onnx_export
+    from convnn_timm.images import preprocessing
 
     opset = args.opset or onnx_export.OPSET
     newest = onnx_module('onnx').defs.onnx_opset_version()
@@ -508,6 +515,7 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
         The model, in evaluation on the device, its transform of images, and the mode of the images.
     """
     import timm
+    from convnn_timm.images import preprocessing
     from convnn_timm.visualize import neighbor_layers
 
     if timm.is_model(name):
@@ -516,15 +524,6 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
     model = load_or_draw_model(name)
     neighbor_layers(model)
     return model.eval().to(device), *preprocessing(model)[:2]
-
-
-def preprocessing(model: 'nn.Module', img_size: Optional[int] = None) -> Tuple[Callable, str, Tuple[int, int, int]]:
-    """What images go through before the model, Pillow's mode of them, and the size (C, H, W) that they come out in."""
-    from timm.data import create_transform, resolve_data_config
-    from convnn_timm.images import image_mode
-
-    config = resolve_data_config({'img_size': img_size} if img_size else {}, model=model)
-    return create_transform(**config, is_training=False), image_mode(config['input_size'][0]), config['input_size']
 
 
 def load_or_draw_model(name: str) -> 'nn.Module':
@@ -564,8 +563,10 @@ def find_device(name: Optional[str]) -> 'torch.device':
 
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        tensor = torch.zeros(1, device=name)
+        tensor.cpu()
+        return tensor.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise CommandError(f'device {name!r} cannot be used: {one_line(error)}', code=2) from error
 
 
@@ -618,11 +619,13 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
 def checkpoint_kwargs(name: str, checkpoint: str) -> dict:
     """Arguments that make `timm.create_model(name, pretrained=True)` take its weights from a file."""
     import timm
+    from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
     if not Path(checkpoint).is_file():
         raise CommandError(f'checkpoint {checkpoint} not found')
     try:
         state_dict = timm.models.load_state_dict(checkpoint)
+        saved = {} if checkpoint.endswith('.safetensors') else load_checkpoint_metadata(checkpoint)
     except Exception as error:
         raise CommandError(f'cannot read checkpoint {checkpoint}: {one_line(error)}') from error
     config = timm.get_pretrained_cfg(name)
@@ -630,7 +633,11 @@ def checkpoint_kwargs(name: str, checkpoint: str) -> dict:
     num_classes = config.num_classes if bias is None else len(bias)
     # The class names of the published weights need not be those of this file.
     overlay = dict(state_dict=state_dict, num_classes=num_classes, label_names=None)
-    return dict(pretrained_cfg_overlay=overlay, num_classes=num_classes)
+    # A training's checkpoint knows the arguments of its model, not all of which show in the weights.
+    training = getattr(saved.get('args'), '__dict__', {}) if isinstance(saved, dict) else {}
+    weights = dict(pretrained_cfg=config.tag) if training.get('pretrained') else {}
+    arguments = {**weights, **training.get('model_kwargs', {})}
+    return dict(arguments, pretrained_cfg_overlay=overlay, num_classes=num_classes)
 
 
 def class_names(model: 'nn.Module') -> Callable[[int], str]:

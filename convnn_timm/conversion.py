@@ -21,7 +21,7 @@ from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
-from .layers.factory import check_arguments
+from .layers.factory import check_arguments, first_modules
 from .layers.script import record_call
 from .macs import count_macs, count_parameters
 
@@ -81,11 +81,11 @@ def convert(
             function of name and module. All by default.
         init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
             from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
-            `magnitude_type='euclidean'`) then leave the network's function as it is (but for `branch_norm`). Neighbours
-            chosen by similarity are not the window's: its centre becomes the weight of the position itself, its other
-            taps, by distance from the centre, the weights of the ranks; train the network further. A branching layer
-            divides the outputs between its branches, and its 1x1 convolution, if any, starts as the identity (for
-            groups, a permutation): the convolution's share stays.
+            `magnitude_type='euclidean'`) then leave the network's function as it is, with K, padding and candidates at
+            their defaults and without `branch_norm`. Neighbours chosen by similarity are not the window's: its
+            centre becomes the weight of the position itself, its other taps, by distance from the centre, the weights
+            of the ranks; train the network further. A branching layer divides the outputs between its branches, and its
+            1x1 convolution, if any, starts as the identity (for groups, a permutation): the convolution's share stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:
@@ -421,10 +421,23 @@ def _record(model: nn.Module, conversion: Dict[str, Any]) -> None:
     cfg = getattr(model, 'pretrained_cfg', None)
     if not cfg or 'architecture' not in cfg:
         return
+    first = get_model_input_config(model)['first_conv'] or ()
+    first = [first] if isinstance(first, str) else first
+    first = tuple(part for name in first for part in _adapted(model, name, conversion))
+    model._traits = {**getattr(model, '_traits', {}), 'first_conv': first}  # timm's note of what a model has become
     args = dict(getattr(model, '_model_args', {}))
     base, before = args.pop('base', cfg['architecture']), conversions(args.pop('convert', []))
     model._model_args = dict(base=base, convert=[*before, conversion], **args)
     model.pretrained_cfg = model.default_cfg = dict(cfg, architecture='convnn_converted')
+
+
+def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequence[str]:
+    """What timm adapts to another number of input channels, of a first layer that may have been converted."""
+    layer = dict(model.named_modules()).get(name)  # none in a feature extractor, which has others
+    if isinstance(layer, Aligned):
+        layer, name = layer.layer, f'{name}.layer'
+    converted = isinstance(layer, LAYER_TYPES[conversion['layer']])
+    return first_modules(conversion['layer'], name) if converted else [name]
 
 
 def conversions(convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]]) -> List[Dict[str, Any]]:

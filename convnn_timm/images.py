@@ -1,13 +1,17 @@
 """Image files become pixels by one rule, in training and in prediction."""
+import struct
 from pathlib import Path
-from typing import IO, Dict, Union
+from typing import IO, TYPE_CHECKING, Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
 
-__all__ = ['ImageError', 'image_mode', 'read_image', 'sample_photographs']
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+__all__ = ['ImageError', 'image_mode', 'preprocessing', 'read_image', 'sample_photographs']
 
 
 class ImageError(UserError, ValueError):
@@ -27,6 +31,16 @@ def image_mode(channels: int) -> str:
     if channels not in (1, 3):
         raise ImageError(f'the model takes {channels} channels: image files have 1 (grey) or 3')
     return 'L' if channels == 1 else 'RGB'
+
+
+def preprocessing(model: 'nn.Module', img_size: Optional[int] = None) -> Tuple[Callable, str, Tuple[int, int, int]]:
+    """What images go through before a model, Pillow's mode of them, and the size (C, H, W) that they come out in."""
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config({}, model=model)
+    if img_size:
+        config = resolve_data_config({'input_size': (config['input_size'][0], img_size, img_size)}, model=model)
+    return create_transform(**config, is_training=False), image_mode(config['input_size'][0]), config['input_size']
 
 
 def sample_photographs(mode: str = 'RGB') -> Dict[str, Image.Image]:
@@ -51,10 +65,14 @@ def read_image(file: Union[str, Path, IO[bytes]], mode: str = 'RGB') -> Image.Im
         raise ImageError(f'{path}: no images in this folder') from error
     except UnidentifiedImageError as error:
         raise ImageError(f'{path}: not an image') from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f'{path}: cannot be read: {" ".join(str(error).split())[:300]}') from error
     if image.mode.startswith('I;16'):  # Pillow would clip it to 8 bits
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ImageError(f'{path}: its pixels have 32 bits, of unknown range: save it with 8 or 16')
-    return ImageOps.exif_transpose(image).convert(mode)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, RuntimeError, SyntaxError, ValueError, struct.error):
+        pass  # a damaged EXIF block says nothing about the orientation
+    return image.convert(mode)

@@ -30,10 +30,15 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     """
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
-    with torch.no_grad(), evaluation_mode(model):
-        model(image)
-        with FlopCounterMode(display=False) as counter:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # for its operator is not counted
+    try:
+        with torch.no_grad(), evaluation_mode(model):
             model(image)
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
 
 

@@ -4,6 +4,7 @@ Positions are (row, column) on the map that a layer receives (after its pixel-un
 outside the map is padding. `visualize` draws all this.
 """
 import csv
+import re
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -43,7 +44,7 @@ def neighbor_layers(model: nn.Module) -> Dict[str, NeighborLayer]:
         ValueError: There are none.
     """
     layers = {
-        name.removesuffix('.branch1'): module for name, module in model.named_modules()
+        re.sub(r'(^|\.)branch1$', '', name): module for name, module in model.named_modules()
         if isinstance(module, NeighborLayer) and module.axes == 2}
     if not layers:
         raise ValueError(f'{type(model).__name__} has no ConvNN layers: there are no neighbours to look at')
@@ -214,13 +215,13 @@ def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
 def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
     """The same of all other tokens, from how often each step along rows and columns occurs."""
     rows, columns = (
-        query.unique().unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount(minlength=n)[:n]
+        query.unique().unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount()
         for query, n in zip(neighbors.query.T, neighbors.size))
     for steps in rows, columns:
         steps[torch.arange(len(steps)) % neighbors.dilation != 0] = 0
     often = rows.unsqueeze(1) * columns.double()
     often[0, 0] = 0  # itself
-    length = torch.cartesian_prod(*(torch.arange(n).double() for n in neighbors.size)).norm(dim=-1)
+    length = torch.cartesian_prod(*(torch.arange(len(steps)).double() for steps in (rows, columns))).norm(dim=-1)
     reach = neighbors.dilation * (neighbors.window // 2) + 1
     return dict(
         distance=((often.flatten() * length).sum() / often.sum()).item(),

@@ -10,6 +10,7 @@ import torch.nn as nn
 __all__ = ['OPSET', 'TOLERANCE', 'compare_onnx', 'export_onnx', 'sensitivity']
 
 OPSET = 20  # of the standard operators, the version that torch's exporter writes on its own
+IMAGES_AT_ONCE = 16  # where the file takes any number
 TOLERANCE = 1e-4  # largest difference of a logit that counts as agreement
 
 
@@ -32,19 +33,24 @@ def export_onnx(
         opset: Version of ONNX's operators.
 
     Raises:
-        ValueError: The network cannot take such images.
+        ValueError: The network cannot take such images, or torch cannot export it.
     """
     images = torch.zeros(2 if dynamic_batch else batch, *input_size)  # torch.export would take 1 for a constant
     with torch.no_grad():
         try:
             model(images)  # says what is wrong in fewer words than the exporter
-        except RuntimeError as error:
+        except (AssertionError, RuntimeError) as error:
             raise ValueError(f'no images of {input_size[1]}x{input_size[2]}: {error}') from error
     shapes = ({0: torch.export.Dim('batch')},) if dynamic_batch else None
     with no_warnings():
-        program = torch.onnx.export(
-            model, (images,), dynamo=True, dynamic_shapes=shapes, opset_version=opset, input_names=['images'],
-            output_names=['logits'], verbose=False)
+        try:
+            program = torch.onnx.export(
+                model, (images,), dynamo=True, dynamic_shapes=shapes, opset_version=opset, input_names=['images'],
+                output_names=['logits'], verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:
+            of = ' with any number of images; try a fixed one' if dynamic_batch else ''
+            why = str(error.__cause__ or error).strip().splitlines()
+            raise ValueError(f'torch cannot export this network{of}: {why[0]}') from error
     program.save(path, external_data=False)
 
 
@@ -54,11 +60,13 @@ def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> torch.Te
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     name, batch = session.get_inputs()[0].name, session.get_inputs()[0].shape[0]
-    batch = batch if isinstance(batch, int) else len(images)
-    padded = torch.cat([images, images[-1:].expand(-len(images) % batch, -1, -1, -1)])
-    found = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in padded.split(batch)])
-    with torch.no_grad():
-        return (found[:len(images)] - model(images)).abs().amax(1)
+    batch = batch if isinstance(batch, int) else min(len(images), IMAGES_AT_ONCE)
+    padded, differences = torch.cat([images, images[-1:].expand(-len(images) % batch, -1, -1, -1)]), []
+    for part in padded.split(batch):
+        found = torch.from_numpy(session.run(None, {name: part.numpy()})[0])
+        with torch.no_grad():
+            differences.append((found - model(part)).abs().amax(1))
+    return torch.cat(differences)[:len(images)]
 
 
 @torch.no_grad()

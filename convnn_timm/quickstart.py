@@ -155,18 +155,16 @@ def show_photographs(picture: Path, name: str = MODEL) -> None:
 def name_photographs(model: 'torch.nn.Module', topk: int = 3) -> List[Guess]:
     """Classify those of the photographs whose package is installed."""
     import torch
-    from PIL import Image
-    from timm.data import create_transform, resolve_data_config
+    from convnn_timm.images import preprocessing, read_image
 
-    config = resolve_data_config({}, model=model)
-    transform = create_transform(**config, is_training=False)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    transform, mode, _ = preprocessing(model)
+    mean, std = (values[:, None, None] for values in (transform.transforms[-1].mean, transform.transforms[-1].std))
     names, guesses = model.pretrained_cfg['label_names'], []
     for title, (package, file) in PHOTOGRAPHS.items():
         spec = find_spec(package)  # of a package that need not be imported
         if spec is None or not (path := Path(spec.origin).parent / file).is_file():
             continue
-        pixels = transform(Image.open(path).convert('RGB'))
+        pixels = transform(read_image(path, mode))
         with torch.inference_mode():
             probabilities, indices = model(pixels[None]).softmax(dim=-1)[0].topk(topk)
         answers = [(names[index], p) for index, p in zip(indices, probabilities.tolist())]
@@ -231,12 +229,12 @@ def read_digits(model_folder: Path, images: Path) -> List[Reading]:
     """Classify all scans of a folder with a saved model."""
     import timm
     import torch
-    from timm.data import ImageDataset, create_transform, resolve_data_config
+    from timm.data import ImageDataset
     import convnn_timm.models  # noqa: F401, registers the models
+    from convnn_timm.images import preprocessing
 
     model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
-    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
-    dataset = ImageDataset(str(images), transform=transform)
+    dataset = ImageDataset(str(images), transform=preprocessing(model)[0])
     names = model.pretrained_cfg['label_names']
 
     readings = []

@@ -1,4 +1,5 @@
 """The command line, called in process: what it prints, what it returns, what a person sees when something is wrong."""
+import argparse
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from convnn_timm import __version__, cli
+from convnn_timm.cli import load_model
 from convnn_timm.images import ImageError, read_image
 
 NAMES = ['ant', 'bee', 'cat']
@@ -223,6 +225,45 @@ def test_predict_with_checkpoint(capsys, photo, tmp_path):
     assert sorted(line.split()[-1] for line in out.splitlines()[1:]) == ['0', '1', '2', '3']
 
 
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_predict_builds_the_network_of_the_checkpoint(capsys, photo, tmp_path, pretrained):
+    """Arguments that no tensor shows are in a training's checkpoint, timm's or this package's."""
+    name = 'resnet18_convnn_branching'
+    options = {} if pretrained else dict(magnitude_type='euclidean', sampling_type='spatial', num_samples=4, padding=0)
+    model = timm.create_model(f'{name}.cifar10' if pretrained else name, num_classes=4, **options)
+    args = argparse.Namespace(model=name, model_kwargs=options, pretrained=pretrained)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = load_model(name, str(tmp_path / 'last.pth.tar'))
+    assert str(loaded) == str(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_own_classes_are_not_called_by_the_names_of_the_published_weights():
+    name = 'resnet18_convnn_branching'
+    assert timm.create_model(name, pretrained=True).pretrained_cfg['label_names'][3] == 'cat'
+    for own in name, f'{name}.cifar10':
+        assert not timm.create_model(own).pretrained_cfg.get('label_names')
+
+
+def test_images_with_a_damaged_exif_block_are_read(tmp_path):
+    for number, exif in enumerate((b'Exif\0\0garbage!garbage!', b'Exif\0\0II*\0')):
+        Image.new('RGB', (5, 4)).save(tmp_path / f'{number}.png', exif=exif)
+        assert read_image(tmp_path / f'{number}.png').size == (5, 4)
+
+
+def test_predict_needs_classes(capsys, photo, tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=0), tmp_path)
+    assert 'has no classes to name' in error_of(capsys, 'predict', str(photo), '--model', f'local-dir:{tmp_path}')
+
+
+def test_errors_of_a_script_are_its_own(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('open("missing.txt")')
+    with pytest.raises(FileNotFoundError, match='missing.txt'):
+        cli.main(['run', str(script)])
+
+
 def test_model_errors(capsys, photo, model_folder, tmp_path):
     def error(*args, status=1):
         return error_of(capsys, 'predict', str(photo), *args, status=status)
@@ -235,7 +276,8 @@ def test_model_errors(capsys, photo, model_folder, tmp_path):
     (tmp_path / 'model').symlink_to(model_folder)
     assert f'{tmp_path} is the folder of a run, its model is local-dir:{tmp_path}/model' in error(
         '--model', f'local-dir:{tmp_path}', status=2)
-    assert "device 'gpu'" in error('--model', f'local-dir:{model_folder}', '--device', 'gpu', status=2)
+    for device in 'gpu', 'hpu', 'meta':
+        assert f"device '{device}'" in error('--model', f'local-dir:{model_folder}', '--device', device, status=2)
 
     checkpoint = tmp_path / 'last.pth.tar'
     assert f'{checkpoint} not found' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
@@ -301,6 +343,13 @@ def test_export_onnx_notes(capsys, tmp_path, monkeypatch, no_export):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     status, _, err = run(capsys, *call)
     assert status == 0 and 'not compared with PyTorch, for onnxruntime is missing' in err
+
+
+def test_export_onnx_in_another_size_keeps_the_channels(capsys, tmp_path, onnx_packages):
+    timm.models.save_for_hf(timm.create_model('test_resnet', in_chans=1, num_classes=2), tmp_path)
+    status, out, _ = run(
+        capsys, 'export-onnx', f'local-dir:{tmp_path}', '-o', str(tmp_path / 'model.onnx'), '--img-size', '64')
+    assert status == 0 and 'images 1 x 1 x 64 x 64' in out and '2 of 2 images agree' in out
 
 
 def test_export_onnx_errors(capsys, model_folder, photo, tmp_path, monkeypatch, onnx_packages):

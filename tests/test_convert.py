@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Conv2dSame, StdConv2d
-from timm.models import save_for_hf
+from timm.models import get_model_traits, save_for_hf
 from torch import nn
 
 from convnn_timm import Branching2d, ConvNN2d, convert
@@ -366,6 +366,19 @@ def test_a_network_that_becomes_very_slow_is_warned_of(where, many, recwarn):
     report = convert(timm.create_model('resnet18', channels=(8, 8, 16, 16), device='meta'), where=where)
     assert (report.macs[1] > 10 * report.macs[0]) == many == bool(recwarn)
     assert not many or 'times as many multiply-accumulates as before: choose' in str(recwarn[0].message)
+
+
+@pytest.mark.parametrize('base, layer', [
+    ('test_resnet', 'convnn'), ('test_resnet', 'convnn_branching'), ('test_efficientnet', 'convnn_branching')])
+def test_a_converted_first_layer_is_adapted_to_grey_images(base, layer, tmp_path):
+    model = timm.create_model(base, num_classes=4).eval()
+    convert(model, layer, where=lambda name, conv: conv.in_channels == 3, magnitude_type='euclidean')
+    timm.models.save_for_hf(model, tmp_path)
+    grey = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1).eval()
+    x = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(grey(x), model(x.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+    convert(model, layer, where=lambda name, conv: conv.in_channels != 3, K=3)  # again: what is adapted stays
+    assert get_model_traits(model)['first_conv'] == get_model_traits(grey)['first_conv']
 
 
 def test_the_report_counts():

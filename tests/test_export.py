@@ -164,6 +164,26 @@ def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path):
     assert compare_onnx(two_blocks(layer, K=5), tmp_path / 'model.onnx', images).min() > TOLERANCE
 
 
+def test_many_images_are_compared_in_parts(tmp_path):
+    model, sizes = two_blocks('conv2d'), []
+    export_onnx(model, tmp_path / 'model.onnx', (3, 16, 16), dynamic_batch=True)
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    difference = compare_onnx(model, tmp_path / 'model.onnx', torch.rand(40, 3, 16, 16))
+    assert difference.shape == (40,) and difference.max() < TOLERANCE and max(sizes) <= 16
+
+
+def test_what_cannot_be_exported(tmp_path):
+    class Eigenvalues(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x)  # which ONNX has not
+
+    message = 'torch cannot export this network with any number of images; try a fixed one: .*eig'
+    with pytest.raises(ValueError, match=message):
+        export_onnx(Eigenvalues().eval(), tmp_path / 'model.onnx', (3, 4, 4), dynamic_batch=True)
+    with pytest.raises(ValueError, match="no images of 64x64: Input height .64. doesn't match model"):
+        export_onnx(timm.create_model('vit_tiny_patch16_224'), tmp_path / 'model.onnx', (3, 64, 64))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('layer', LAYERS)

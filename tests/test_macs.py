@@ -15,6 +15,7 @@ from convnn_timm.macs import count_macs
     (nn.Conv2d(4, 8, 3, stride=2, groups=2), (4, 9, 9), 8 * 2 * 9 * 4 * 4),
     (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 4, stride=4)), (3, 4, 4), 5 * 3 * 4 * 4),
     (nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), (3, 2, 2), 12 * 7),
+    (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (4, 8), 4 * (4 * 8 * 8 + 2 * 4 * 8 + 2 * 8 * 16)),
     (nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), (3, 4, 4), 3 * 8 * 16),
 ])
 def test_layers(layer, input_size, macs):

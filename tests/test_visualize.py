@@ -2,6 +2,7 @@
 import copy
 import csv
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -110,8 +111,10 @@ def test_window_is_dilated_as_the_layer_is():
     (Branching2d(2, 4, kernel_size=5), 5), (Branching2d(2, 4, branch_ratio=1), 3), (ConvNN2d(2, 4, K=10), 5),
     (ConvNN2d(2, 4, K=5), 3), (ConvNNAttention2d(2, 4, K=1), 1)])
 def test_window(layer, window):
-    found, = capture_neighbors(nn.Sequential(layer), images(1, 2, 8, 8)).values()
-    assert found.window == window
+    for name in '', '0', 'mybranch1':
+        model = nn.Sequential(OrderedDict({name: layer})) if name else layer
+        (found_name, found), = capture_neighbors(model, images(1, 2, 8, 8)).items()
+        assert (found_name, found.window) == (name, window)
 
 
 @pytest.mark.parametrize('conv', [
@@ -156,6 +159,20 @@ def test_any_token_of_a_dilated_layer_is_one_that_it_may_choose():
     line, = neighbor_stats(ConvNN2d(1, 1, K=2, padding=0, dilation=2), images(1, 1, 1, 5))
     assert line.uniform_distance == pytest.approx(20 / 8) and line.uniform_inside == pytest.approx(6 / 8)
     assert line.window_distance == 2
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_any_token_is_measured_from_where_a_converted_layer_looks(stride):
+    """Also from outside the map."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=stride, padding=4))
+    convert(model, 'convnn', **LOC)
+    x = images(1, 2, 7, 9)
+    found, = capture_neighbors(model, x).values()
+    steps = found.query.unsqueeze(1) - torch.cartesian_prod(torch.arange(7), torch.arange(9))
+    steps = steps[(steps != 0).any(dim=-1)]
+    line, = neighbor_stats(model, x)
+    assert line.uniform_distance == pytest.approx(steps.double().norm(dim=-1).mean().item())
+    assert line.uniform_inside == pytest.approx((steps.abs() <= 1).all(dim=-1).double().mean().item())
 
 
 def test_stats_of_known_neighbors():
@@ -381,7 +398,7 @@ def test_stats_command_errors(capsys, trained, photo, tmp_path):
     assert 'no ConvNN layers' in error_of(capsys, 'stats', photo.parent, '--model', 'resnet18', '-o', out)
     assert not out.exists()
     out.write_text('a file')
-    assert f'{out}: ' in error_of(capsys, 'stats', photo.parent, '--model', trained, '-o', out)
+    assert f'{out} is a file' in error_of(capsys, 'stats', photo.parent, '--model', trained, '-o', out, status=2)
 
 
 @pytest.mark.parametrize('command', ['neighbors', 'stats'])

@@ -11,7 +11,7 @@ from .branching import Branching2d, BranchingAttention2d
 from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
 
-__all__ = ['LAYER_TYPES', 'check_arguments', 'create_layer', 'layer_arguments']
+__all__ = ['LAYER_TYPES', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments']
 
 # Suffix of a model's name -> the layer in place of its 3x3 convolutions.
 LAYER_TYPES = {
@@ -36,6 +36,19 @@ def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
     if layer is not None:
         return tuple(n for n in inspect.signature(LAYER_TYPES[layer]).parameters if n not in _NETWORK_ARGUMENTS)
     return tuple(dict.fromkeys(name for layer in LAYER_TYPES for name in layer_arguments(layer)))
+
+
+def first_modules(layer: str, name: str) -> Tuple[str, ...]:
+    """The modules, in a network's first layer of that name, whose weights timm adapts to other input channels.
+
+    (Attention projects the input onto itself: such a layer cannot be adapted, and loading it for other channels is an
+    error.)
+    """
+    return {
+        'convnn_attn': (f'{name}.w_v',),
+        'convnn_branching': (f'{name}.branch1', f'{name}.branch2'),
+        'convnn_branching_attn': (f'{name}.branch1.w_v', f'{name}.branch2'),
+    }.get(layer, (name,))
 
 
 def check_arguments(names: Iterable[str]) -> None:

@@ -104,6 +104,8 @@ def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc:
         # What timm saves of a model to build it again, beside the arguments that `create_model` was given.
         model._model_args = {
             name: value for name, value in whole.items() if name not in {*kwargs, 'pretrained_cfg_overlay'}}
+        if not pretrained and isinstance(kwargs.get('pretrained_cfg'), (str, type(None))):
+            model.pretrained_cfg.pop('label_names', None)  # of the published weights, which this model is without
         return model
 
     fn.__name__ = fn.__qualname__ = variant

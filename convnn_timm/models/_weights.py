@@ -217,7 +217,7 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             check_file(file)
         return kwargs
     if cfg.state_dict is not None or not cfg.hf_hub_id:
-        return kwargs
+        return with_tag_arguments(variant, kwargs)
 
     entry = read_manifest().get(f'{variant}.{cfg.tag}')
     by_name = entry is not None and cfg.source != 'hf-hub' and cfg.hf_hub_id == entry['hub_id']

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.vgg import VGG, cfgs
 
 from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
+from convnn_timm.layers.factory import first_modules
 from ._common import (
     add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
@@ -126,15 +127,9 @@ def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Non
 
 
 def _cfg(layer: str, base: Callable[..., Dict[str, Any]] = cifar_cfg, pool: int = 1, **kwargs) -> Dict[str, Any]:
-    # The modules whose weights timm adapts to another number of input channels. (Attention projects the input onto
-    # itself: its first layer cannot be adapted, and loading it into such a model is an error.)
-    first_conv = {
-        'convnn_attn': 'features.0.w_v',
-        'convnn_branching': ('features.0.branch1', 'features.0.branch2'),
-        'convnn_branching_attn': ('features.0.branch1.w_v', 'features.0.branch2'),
-    }.get(layer, 'features.0')
     return base(
-        first_conv=first_conv, classifier='head.fc', pool_size=(pool, pool), min_input_size=(3, 32, 32), **kwargs)
+        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(pool, pool),
+        min_input_size=(3, 32, 32), **kwargs)
 
 
 _VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in cfgs for layer in LAYER_TYPES}
