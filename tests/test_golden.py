@@ -104,6 +104,13 @@ def original_state_dict(model):
     return state_dict
 
 
+def test_weights_of_another_layer_are_refused():
+    """As many numbers, in another shape."""
+    other = layers.ConvNN2d(6, 4, K=3, bias=False).state_dict()
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        layers.load_original_state_dict(layers.ConvNN2d(4, 6, K=3, bias=False), other)
+
+
 @pytest.mark.parametrize('i', range(len(NETWORKS)), ids=[network['layer'] for network in NETWORKS])
 def test_network(i):
     network = NETWORKS[i]

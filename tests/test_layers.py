@@ -1,5 +1,6 @@
 """What the layers promise: the convolution they contain, invariances, precision, tracing, errors."""
 import copy
+import inspect
 import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -272,7 +273,7 @@ def test_dilated_spatial_sampling_takes_a_grid_of_the_interior_of_each_lattice()
     for row, column in itertools.product(range(2), repeat=2):
         rows, columns = [(0, 4, 8), (1, 3, 7)][row], [(0, 4, 8), (1, 3, 7)][column]
         grid = {(y + 1) * 11 + x + 1 for y in rows for x in columns}
-        assert set(chosen[:, row::2, column::2].unique().tolist()) <= grid
+        assert set(chosen[:, row::2, column::2].unique().tolist()) == grid
 
 
 def test_dilated_random_sampling_draws_for_each_lattice():
@@ -311,14 +312,17 @@ def test_dilation_needs_enough_tokens_only_where_outputs_are():
 
 @pytest.mark.parametrize('args', [
     dict(), dict(K=1), dict(stride=2, dilation=2), dict(aggregation_type='Loc_Col'), dict(magnitude_type='euclidean'),
-    dict(sampling_type='random', num_samples=9), dict(similarity_type='Loc'),
+    dict(sampling_type='random', num_samples=9), dict(similarity_type='Loc'), dict(aggregation_type='Loc_Col', K=1),
+    dict(aggregation_type='Loc_Col', K=5, stride=2, padding=2, sampling_type='random', num_samples=6),
+    dict(aggregation_type='Loc_Col', K=5, padding=2, sampling_type='spatial', num_samples=5),
+    dict(similarity_type='Loc', magnitude_type='euclidean', K=49, padding=3),
     dict(similarity_type='Loc_Col', bias=False), dict(shuffle_pattern='B', shuffle_scale=2)])
 @pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
-@pytest.mark.parametrize('groups', [2, 4])
+@pytest.mark.parametrize('groups', [1, 2, 4])
 def test_groups_are_blocks_of_channels_with_common_neighbours(layer_type, groups, args):
     channels = 8 - layer_type.axes if 'aggregation_type' in args else 8  # 8 with coordinates
     layer = layer_type(channels, 8, groups=groups, dtype=torch.float64, **args).eval()
-    x = example(layer, (20,) if layer.axes == 1 else (12, 12))
+    x = example(layer, (60,) if layer.axes == 1 else (12, 12))
     padded = layer.aggregated(layer.pad(layer.enter(x)[0]))
     index, blocks = layer.neighbors(x), layer.weight.flatten(2).chunk(groups)
     tokens = padded.flatten(2).mT.chunk(groups, dim=2)
@@ -411,6 +415,13 @@ def test_loc_col_compares_features_of_unit_deviation_with_coordinates_of_one_pit
     assert torch.equal(layer.neighbors(x)[:, :, 1:], index)
 
 
+def test_loc_col_of_an_image_of_one_colour_selects_by_location():
+    args, x = dict(K=5, padding=0, magnitude_type='euclidean'), torch.zeros(1, 3, 9, 9)
+    both, location = (ConvNN2d(3, 4, similarity_type=by, **args).neighbors(x) for by in ('Loc_Col', 'Loc'))
+    inner = torch.arange(81).view(9, 9)[1:-1, 1:-1].flatten()
+    assert torch.equal(both[:, inner].sort().values, location[:, inner].sort().values)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_loc_col_of_a_narrow_dtype_compares_in_float32(dtype):
     layer, x = ConvNN2d(3, 4, similarity_type='Loc_Col'), image(2, 3, 12, 12, dtype=dtype)
@@ -459,13 +470,18 @@ def test_lambda_runs_from_location_to_features():
 def test_spatial_sampling_takes_a_grid_of_the_interior():
     layer = ConvNN2d(3, 4, K=5, padding=1, sampling_type='spatial', num_samples=3, sample_padding=1)
     chosen = layer.neighbors(image(4, 3, 9, 9))[..., 1:].unique()
-    grid = [(y + 1) * 11 + x + 1 for y in (1, 4, 7) for x in (1, 4, 7)]
-    assert set(chosen.tolist()) <= set(grid) and len(chosen) > 4
+    assert set(chosen.tolist()) == {(y + 1) * 11 + x + 1 for y in (1, 4, 7) for x in (1, 4, 7)}
+
+
+def test_spatial_sampling_takes_all_rows_of_a_map_with_fewer():
+    layer = ConvNN2d(3, 4, K=4, padding=0, sampling_type='spatial', num_samples=7)
+    chosen = layer.neighbors(image(4, 3, 5, 9))[..., 1:].unique()
+    assert set(chosen.tolist()) == {9 * y + x for y in range(5) for x in (0, 1, 2, 4, 5, 6, 8)}
 
 
 def test_spatial_sampling_of_a_sequence_takes_a_grid_of_the_padded_signal():
     layer = ConvNN1d(3, 4, K=4, padding=1, sampling_type='spatial', num_samples=6)
-    assert set(layer.neighbors(image(4, 3, 16))[..., 1:].unique().tolist()) <= {0, 3, 6, 10, 13, 17}
+    assert set(layer.neighbors(image(4, 3, 16))[..., 1:].unique().tolist()) == {0, 3, 6, 10, 13, 17}
 
 
 def test_random_sampling_draws_anew_in_training_and_never_in_evaluation():
@@ -480,6 +496,12 @@ def test_random_sampling_draws_anew_in_training_and_never_in_evaluation():
     assert torch.equal(first, layer.neighbors(x))
     assert torch.equal(layer.eval().neighbors(x), layer.neighbors(x))
     assert 6 < len(layer.neighbors(x)[..., 1:].unique()) <= 12
+
+
+def test_equal_random_samples_are_taken_in_the_order_of_the_map():
+    layer = ConvNN2d(3, 4, K=4, padding=0, sampling_type='random', num_samples=8)
+    for mode in True, True, True, False:
+        assert (layer.train(mode).neighbors(torch.zeros(1, 3, 6, 6))[0, :, 1:].diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize('args', [
@@ -684,17 +706,24 @@ def test_exported_without_autocast_it_runs_with_it(layer_type):
 @pytest.mark.parametrize('dynamo', [False, True])
 @pytest.mark.parametrize('layer_type, args', [
     (ConvNN1d, dict(magnitude_type='euclidean')), (ConvNN2d, dict(dilation=2, groups=3)),
+    (ConvNN2d, dict(similarity_type='Loc')), (ConvNN2d, dict(dtype=torch.float16)),
     (BranchingAttention2d, dict(stride=2, sampling_type='random', num_samples=20))])
 def test_onnx(layer_type, args, dynamo, tmp_path):
-    """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours."""
+    """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours.
+
+    So it does of tokens that are nearly dead, too short to have a direction.
+    """
     onnxruntime = pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
     layer = layer_type(3, 6, K=5, **args).eval()
     x = example(layer, (9, 8)[:layer.axes]).float().relu()
     x[:, :, ::3] = 0
+    x[:, :, 1::3] *= 1e-14
+    x = x.to(args.get('dtype'))
     torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / 'layer.onnx')
     y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-5)
+    tolerance = dict(rtol=1e-2, atol=1e-2) if x.dtype == torch.float16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), **tolerance)
 
 
 @pytest.mark.parametrize('layer_type, args', [
@@ -713,6 +742,13 @@ def test_scripts(layer_type, args, tmp_path):
     assert torch.equal(torch.jit.load(tmp_path / 'layer.pt')(x), layer(x))
     scripted(x).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_scripted_layers_train_and_evaluate():
+    layer = ConvNNAttention2d(3, 4, attention_dropout=0.5).train()
+    scripted, x = torch.jit.script(layer), image(2, 3, 6, 6, dtype=torch.float32)
+    assert not torch.equal(scripted(x), scripted(x))
+    assert torch.equal(scripted.eval()(x), layer.eval()(x))
 
 
 def test_scripted_networks_run_in_threads():
@@ -840,8 +876,9 @@ def test_forward_refuses(layer_type):
         layer(torch.ones(3, 8, 8))
     with pytest.raises(ValueError, match=r'expected 3 input channels, got 5 in \(1, 5, 8, 8\)'):
         layer(torch.ones(1, 5, 8, 8))
-    with pytest.raises(ValueError, match=r'map \(7, 8\) is not divisible by the shuffle scale 2'):
-        layer_type(3, 4, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, 7, 8))
+    for size in (7, 8), (8, 7):
+        with pytest.raises(ValueError, match=rf'map \({size[0]}, {size[1]}\) is not divisible by the shuffle scale 2'):
+            layer_type(3, 4, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, *size))
 
 
 @pytest.mark.parametrize('layer_type', LAYERS_2D)
@@ -862,6 +899,32 @@ def test_attention_learns_with_all_parameters_that_ask_for_gradients(layer_type,
     layer(torch.randn(2, 3, *(6,) * layer.axes)).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in layer.parameters())
     assert layer.w_q.weight.requires_grad == (K > 1)
+
+
+def test_attention_starts_as_plain_attention():
+    """All ranks weigh the same; the bias is that of a convolution of one channel and K taps."""
+    layer = ConvNNAttention2d(200, 4, K=9)
+    assert (layer.weight == 1).all() and 0.3 < layer.bias.abs().max() <= 1 / 3
+
+
+def test_a_single_neighbour_is_dropped_like_others():
+    layer, x = ConvNNAttention2d(3, 4, K=1, attention_dropout=0.5).train(), image(2, 3, 8, 8, dtype=torch.float32)
+    assert not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize('layer_type', LAYERS_1D + LAYERS_2D + [CoordConv2d])
+def test_no_bias_where_none_is_wanted(layer_type):
+    assert not [name for name, _ in layer_type(4, 8, bias=False).named_parameters() if name.endswith('bias')]
+
+
+def test_defaults_are_those_of_the_paper():
+    paper = dict(
+        K=9, kernel_size=3, stride=1, padding=1, dilation=1, groups=1, bias=True, sampling_type='all', num_samples=-1,
+        sample_padding=0, shuffle_pattern='NA', shuffle_scale=1, magnitude_type='cosine', similarity_type='Col',
+        aggregation_type='Col', lambda_param=0.5, attention_dropout=0.1, branch_ratio=0.5)
+    for layer_type in LAYERS_1D + LAYERS_2D + [CoordConv2d]:
+        for name, parameter in inspect.signature(layer_type).parameters.items():
+            assert name not in paper or parameter.default == paper[name], (layer_type, name)
 
 
 def test_what_is_remembered_is_not_made_in_a_cuda_graph():
@@ -914,6 +977,11 @@ def test_branching_can_start_without_its_neighbours_and_learn_to_use_them():
     y.sum().backward()
     layer(x).sum().backward()
     assert (layer.pointwise_conv.weight.grad[:, :4] != 0).any() and (layer.pointwise_conv.weight[:, 4:] != 0).all()
+
+
+def test_branching_of_neighbours_only_does_not_start_without_them():
+    layer = Branching2d(3, 8, K=4, branch_ratio=1., pointwise_init='zero')
+    assert (layer.pointwise_conv.weight != 0).all()
 
 
 def test_branching_can_normalise_its_branches():

@@ -73,6 +73,22 @@ def test_parameter_counts_of_the_paper(name, count):
     assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == count
 
 
+def test_networks_start_as_timms_do():
+    """Convolutions by He's rule, biases at zero, and in a VGG's head a dropout of a half."""
+    resnet, vgg = (timm.create_model(name) for name in ('resnet18_convnn', 'vgg11_convnn_branching'))
+    assert resnet.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
+    layers = [module for module in vgg.modules() if isinstance(module, ConvNN2d)]
+    assert len(layers) == 8 and all((layer.bias == 0).all() for layer in layers) and vgg.drop_rate == 0.5
+
+
+def test_what_images_go_through():
+    for name in timm.list_models('resnet*_convnn*') + timm.list_models('vgg*_convnn*'):
+        config = timm.get_pretrained_cfg(name)
+        large = name.endswith('_224')
+        assert config.interpolation == 'bilinear' and config.crop_pct == (0.875 if large else 1)
+        assert config.pool_size == ((7, 7) if large else (1, 1) if 'vgg' in name else (4, 4))
+
+
 @pytest.mark.parametrize('depth', ['resnet18', 'vgg11'])
 def test_a_network_that_selects_by_location_is_its_convolution_twin(depth):
     options = NARROW if depth == 'resnet18' else {}
@@ -198,8 +214,9 @@ def test_classifier_and_input_options():
     for fixed in 'stem_type', 'output_stride', 'stem_width', 'cardinality':
         with pytest.raises(TypeError, match=f'fixed stem, stride and cardinality: it takes no {fixed}'):
             timm.create_model('resnet18_convnn', **{fixed: 8})
-    with pytest.raises(TypeError, match='fixed layers: it takes no norm_layer'):
-        timm.create_model('vgg11_convnn', norm_layer=torch.nn.BatchNorm2d)
+    for fixed in 'norm_layer', 'conv_layer':
+        with pytest.raises(TypeError, match=f'fixed layers: it takes no {fixed}'):
+            timm.create_model('vgg11_convnn', **{fixed: torch.nn.BatchNorm2d})
     for layer in 'conv2d', 'conv2d_new', 'convnn_branching':
         with pytest.raises(ValueError, match='kernel_size must be odd, .* got 4'):
             timm.create_model(f'resnet18_{layer}', kernel_size=4)
@@ -218,9 +235,13 @@ def test_layer_decay_groups_the_layers(name):
 def test_input_noise_is_added_in_training_only():
     for name, options in ('resnet18_conv2d', NARROW), ('vgg11_conv2d', dict(drop_rate=0.)):
         model = timm.create_model(name, input_noise=0.5, **options)
-        x = images()
+        x, seen = images(), []
         assert not torch.equal(model.train()(x), model(x))
         assert torch.equal(model.eval()(x), model(x))
+        first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+        first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model.train()(torch.zeros_like(x))
+        assert 0.45 < seen[0].std() < 0.55
 
 
 # Checkpoints

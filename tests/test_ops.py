@@ -97,8 +97,10 @@ def test_knn_index_is_that_of_knn(chunk_bytes, least_columns, M, metric, dtype):
     query[:, 0], query[:, 1] = 0, query[:, 1] * 1e-14  # too short to have a direction
     candidates[:, 5:7] = candidates[:, 7:8]
     query.requires_grad_()
-    index = knn_index(query, candidates, 9, metric, torch.arange(20))
-    assert torch.equal(index, knn(query, candidates, 9, metric, torch.arange(20))[0]) and not index.requires_grad
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        index = knn_index(query, candidates, 9, metric, torch.arange(20))
+    assert torch.equal(index, knn(query, candidates, 9, metric, torch.arange(20))[0]) and not kept
     if metric == 'cosine':
         assert (index[:, 0] == torch.arange(1, 10)).all() and (index[:, 1] == torch.tensor([0, *range(2, 10)])).all()
 
@@ -108,8 +110,9 @@ def test_knn_of_narrow_dtypes_ranks_in_float32(dtype):
     query, candidates = tokens(2, 15, 6, dtype=dtype) * 300, tokens(2, 40, 6, seed=1, dtype=dtype) * 300
     for metric in 'cosine', 'euclidean':  # squares of 300 overflow float16
         index, score = knn(query, candidates, 9, metric)
-        assert score.dtype == torch.float32 and score.isfinite().all()
-        assert torch.equal(index, reference.knn(query.double(), candidates.double(), 9, metric)[0])
+        expected = reference.knn(query.double(), candidates.double(), 9, metric)
+        assert score.dtype == torch.float32 and torch.equal(index, expected[0])
+        torch.testing.assert_close(score.double(), expected[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -254,6 +257,7 @@ def test_knn_gives_zero_vectors_score_zero_without_gradient():
     (dict(k=0), r'k must lie in \[1, 6\]'),
     (dict(k=7), r'k must lie in \[1, 6\]'),
     (dict(query=torch.ones(2, 6, 5)), r'knn takes query \(B, Q, C\)'),
+    (dict(query=torch.ones(1, 6, 3)), r'knn takes query \(B, Q, C\)'),
     (dict(exclude=torch.zeros(1).long()), r'exclude names one candidate for each of 6 queries, but is \(1,\)'),
     (dict(query=torch.ones(2, 6, 3).double()), r'of one dtype, not torch.float64 and torch.float32'),
 ])
@@ -280,6 +284,13 @@ def test_euclidean_knn_does_not_depend_on_an_outlier(place, value):
     assert torch.equal(knn(x, x, 9, 'euclidean')[0], reference.knn(x.double(), x.double(), 9, 'euclidean')[0])
 
 
+def test_euclidean_knn_depends_neither_on_an_outlier_nor_on_where_the_others_lie():
+    x = tokens(1, 64, 8).mul(2 ** 10).round().div(2 ** 10) + 10000
+    x[0, 0] = 1e6
+    index, expected = knn(x.float(), x.float(), 9, 'euclidean')[0], reference.knn(x, x, 9, 'euclidean')[0]
+    assert torch.equal(index[:, 1:], expected[:, 1:])
+
+
 def test_knn_orders_ties_whatever_the_default_dtype(monkeypatch):
     candidates = torch.zeros(1, 1027, 1)
     candidates[0, -4:, 0] = torch.tensor([1., 2., 3., 4.])
@@ -294,7 +305,7 @@ def test_knn_orders_ties_whatever_the_default_dtype(monkeypatch):
 @pytest.mark.parametrize('size, k', [
     (size, k) for size in [(7,), (1, 1), (1, 9), (5, 8), (10, 3), (12, 12)] for k in [1, 2, 5, 9, 20, 25, 49]
     if k <= torch.Size(size).numel()])
-def test_grid_neighbors_selects_what_the_definition_selects(size, k):
+def test_grid_neighbors_selects_what_the_definition_selects(chunk_bytes, size, k):
     total = torch.Size(size).numel()
     everywhere = reference.grid_neighbors(size, k)
     assert torch.equal(grid_neighbors(size, k), everywhere)
@@ -392,6 +403,7 @@ def test_ops_have_rules_of_autocast_of_their_own():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         y = ops.neighbor_conv(x, index, weight, None, None, 1)
         assert torch.equal(ops.neighbor_conv(half, index, weight, None, None, 1), y)
+        assert ops.neighbor_conv(x.half(), index, weight, None, None, 1).dtype == torch.bfloat16
         score, place = ops.knn(half, x, None, None, 3)
         assert ops.neighbor_conv(x.double(), index, weight.double(), None, None, 1).dtype == torch.float64
     assert y.dtype == torch.bfloat16
@@ -429,7 +441,7 @@ def test_backward_keeps_inputs_and_selected_scores_only(order):
 @pytest.mark.parametrize('scored', [False, True])
 @pytest.mark.parametrize('groups', [1, 8])
 def test_neighbor_conv_in_narrow_dtypes(order, dtype, scored, groups):
-    """One rounding more than the definition at most, also where hundreds of gradients meet in one token."""
+    """One rounding more than the definition at most."""
     def run(fn, dtype):
         inputs = tokens(2, 6, 8), tokens(8, 8 // groups, 4, seed=1) / 4, tokens(8), tokens(2, 300, 4, seed=3) / 8
         x, weight, bias, score = [t.to(narrow).to(dtype).requires_grad_() for t in inputs]
@@ -443,6 +455,37 @@ def test_neighbor_conv_in_narrow_dtypes(order, dtype, scored, groups):
         assert ours.dtype == dtype
         scale = exact.abs().amax()
         assert (ours.double() - exact).abs().amax() < 4 * torch.finfo(dtype).eps * scale
+
+
+def test_neighbor_conv_in_bfloat16_holds_sums_of_thousands(order, monkeypatch):
+    """Over many chunks; 256 + 1 is 256 in bfloat16."""
+    monkeypatch.setattr(_common, 'CHUNK_BYTES', 64)
+    x, weight = (torch.ones(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((4, 2, 2), (2, 2, 2)))
+    neighbor_conv(x, torch.zeros(4, 1000, 2, dtype=torch.int64), weight).sum().backward()
+    torch.testing.assert_close(weight.grad.float(), torch.full((2, 2, 2), 4000.), rtol=0.01, atol=0)
+    torch.testing.assert_close(x.grad[:, 0].float(), torch.full((4, 2), 4000.), rtol=0.01, atol=0)
+
+
+def test_neighbor_conv_takes_the_scores_that_knn_gives(order):
+    """In float32, whatever the tokens are."""
+    x, weight = tokens(2, 9, 4, dtype=torch.bfloat16), tokens(5, 4, 3, dtype=torch.bfloat16)
+    index, score = knn(x, x, 3)
+    y = neighbor_conv(x, index, weight, None, score)
+    expected = reference.neighbor_conv(x.float(), index, weight.float(), None, score)
+    assert y.dtype == torch.bfloat16 and score.dtype == torch.float32
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_backward_pass_inside_autocast_is_that_outside(order):
+    def gradients(inside):
+        x, weight = (tokens(*shape, dtype=torch.float32).requires_grad_() for shape in ((2, 9, 4), (5, 4, 3)))
+        index, score = knn(x, x, 3)
+        y = neighbor_conv(x, index, weight, None, score)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=inside):
+            y.square().sum().backward()
+        return x.grad, weight.grad
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
 
 
 def test_neighbor_conv_gives_the_same_numbers_each_time(order):
@@ -504,6 +547,10 @@ def test_neighbor_conv_refuses(weight, message):
         neighbor_conv(torch.ones(2, 9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
     with pytest.raises(ValueError, match=r'takes x \(B, T, C\)'):
         neighbor_conv(torch.ones(9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match=r'takes x \(B, T, C\)'):
+        neighbor_conv(torch.ones(1, 9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), weight)
+    with pytest.raises(ValueError, match='with 2 groups does not fit'):
+        neighbor_conv(torch.ones(2, 9, 4), torch.zeros(2, 9, 3, dtype=torch.int64), torch.ones(5, 2, 3), groups=2)
 
 
 def test_neighbor_conv_refuses_a_score_of_another_shape():

@@ -94,6 +94,11 @@ def test_reasons_of_the_machine(monkeypatch, cpu_machine):
     assert reason() == 'no CUDA device'
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     assert reason() == 'the tensors are on cpu, not on a CUDA device'
+    assert 'on meta, not' in can_run_triton_knn(torch.ones(1, 3, 2, device='meta'), 2)
+    monkeypatch.setattr(torch.version, 'hip', None)
+    for capability, too_old in ((7, 5), True), ((8, 0), False):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+        assert ('older than compute capability 8.0' in str(paths._no_triton())) == too_old
     monkeypatch.setattr(paths, '_triton_installed', lambda: False)
     assert reason() == 'triton is not installed'
 

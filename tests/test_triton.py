@@ -104,6 +104,7 @@ class TestKernels:
         (2, 19, 21, 5, 4),     # nothing is a multiple of a tile
         (1, 32, 32, 33, 9),    # several blocks of channels
         (2, 3, 17, 2, 17),     # all candidates: the excluded one too
+        (1, 6, 6, 33, 6),      # both
         (1, 1, 1, 3, 1),
     ])
     def test_knn_selects_the_largest(self, B, Q, M, C, k, extras, ties):
