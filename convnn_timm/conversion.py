@@ -21,7 +21,7 @@ from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
-from .layers.factory import check_arguments, first_modules
+from .layers.factory import check_arguments, first_modules, rearranges_channels
 from .layers.script import record_call
 from .macs import count_macs, count_parameters
 
@@ -436,8 +436,9 @@ def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequenc
     layer = dict(model.named_modules()).get(name)  # none in a feature extractor, which has others
     if isinstance(layer, Aligned):
         layer, name = layer.layer, f'{name}.layer'
-    converted = isinstance(layer, LAYER_TYPES[conversion['layer']])
-    return first_modules(conversion['layer'], name) if converted else [name]
+    if not isinstance(layer, LAYER_TYPES[conversion['layer']]):
+        return [name]
+    return [] if rearranges_channels(layer) else first_modules(conversion['layer'], name)
 
 
 def conversions(convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]]) -> List[Dict[str, Any]]:

@@ -381,6 +381,16 @@ def test_a_converted_first_layer_is_adapted_to_grey_images(base, layer, tmp_path
     assert get_model_traits(model)['first_conv'] == get_model_traits(grey)['first_conv']
 
 
+@pytest.mark.parametrize('args', [dict(shuffle_pattern='BA', shuffle_scale=2), dict(aggregation_type='Loc_Col')])
+def test_a_converted_first_layer_that_rearranges_channels_is_not_adapted(args, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=4)
+    convert(model, 'convnn', init='random', where='conv1.0', K=3, **args)
+    timm.models.save_for_hf(model, tmp_path)
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    with pytest.raises(RuntimeError, match='size mismatch for conv1.0.weight'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1)
+
+
 def test_the_report_counts():
     model = timm.create_model('test_resnet', in_chans=1)
     before = sum(p.numel() for p in model.parameters()), count_macs(model, (1, 160, 160))

@@ -11,7 +11,8 @@ from .branching import Branching2d, BranchingAttention2d
 from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
 
-__all__ = ['LAYER_TYPES', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments']
+__all__ = [
+    'LAYER_TYPES', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments', 'rearranges_channels']
 
 # Suffix of a model's name -> the layer in place of its 3x3 convolutions.
 LAYER_TYPES = {
@@ -49,6 +50,13 @@ def first_modules(layer: str, name: str) -> Tuple[str, ...]:
         'convnn_branching': (f'{name}.branch1', f'{name}.branch2'),
         'convnn_branching_attn': (f'{name}.branch1.w_v', f'{name}.branch2'),
     }.get(layer, (name,))
+
+
+def rearranges_channels(layer: nn.Module) -> bool:
+    """Whether a first layer shuffles pixels or sees coordinates, so that timm would adapt its weights wrongly."""
+    return any(
+        getattr(m, 'shuffle_pattern', 'NA') in ('B', 'BA') or getattr(m, 'aggregation_type', 'Col') != 'Col'
+        for m in layer.modules())
 
 
 def check_arguments(names: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models.vgg import VGG, cfgs
 
 from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
-from convnn_timm.layers.factory import first_modules
+from convnn_timm.layers.factory import first_modules, rearranges_channels
 from ._common import (
     add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
     split_layer_args)
@@ -117,10 +117,8 @@ def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Non
         RuntimeError: The first layer has them in another order, shuffled, or sees coordinates too.
     """
     own = {f'features.0.{name}': value.shape for name, value in model.features[0].state_dict().items()}
-    reordered = any(
-        getattr(m, 'shuffle_pattern', 'NA') in ('B', 'BA') or getattr(m, 'aggregation_type', 'Col') != 'Col'
-        for m in model.features[0].modules())
-    if reordered and any(shape != state_dict[name].shape for name, shape in own.items() if name in state_dict):
+    if rearranges_channels(model.features[0]) and any(
+            shape != state_dict[name].shape for name, shape in own.items() if name in state_dict):
         raise RuntimeError(
             'the first layer shuffles pixels or sees coordinates: its weights cannot be adapted to another number of '
             'input channels')
