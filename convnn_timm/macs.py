@@ -4,6 +4,7 @@ from typing import Iterator, Tuple
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['count_macs', 'count_parameters', 'evaluation_mode']
@@ -31,9 +32,9 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # for its operator is not counted
+    torch.backends.mha.set_fastpath_enabled(False)  # whose operator is not counted; nor, by torch 2.14, fused attention
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             model(image)
             with FlopCounterMode(display=False) as counter:
                 model(image)
