@@ -128,7 +128,7 @@ def test_the_gradients_of_gathered_tokens_stay_within_the_budget(benchmark, dtyp
 
 
 def test_a_batch_of_few_outputs_stays_within_the_budget(benchmark):
-    """Two outputs, which backward pads to many more columns: besides the gradients, two chunks at most."""
+    """Two outputs, whose places take more than themselves: besides the gradients, two chunks at most."""
     x, grad, weight = torch.rand(256, 256, 8), torch.rand(256, 256, 2), torch.rand(2, 8, 8)
     index = torch.randint(256, (256, 256, 8))
 

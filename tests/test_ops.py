@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, knn_index, neighbor_conv, reference
-from convnn_timm.ops import _common, topk
+from convnn_timm.ops import _common, products, topk
+from convnn_timm.ops.products import columns_by_columns, rows_by_rows
 from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
 
@@ -27,6 +28,12 @@ def least_columns(request, monkeypatch):
 @pytest.fixture(params=[False, True], ids=['gather first', 'multiply first'])
 def order(request, monkeypatch):
     monkeypatch.setattr(sys.modules['convnn_timm.ops.neighbor_conv'], 'multiplies_first', lambda *args: request.param)
+
+
+@pytest.fixture(params=[False, True], ids=['product', 'convolution'])
+def by_convolution(request, monkeypatch):
+    monkeypatch.setattr(products, 'convolutions_are_faster', lambda: request.param)
+    monkeypatch.setattr(products, 'LEAST_PRODUCT', 0)
 
 
 @pytest.mark.parametrize('device, budget', [
@@ -69,7 +76,7 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, least_columns, B, 
         assert (score[..., 1:] == score[..., :-1]).any()
 
 
-@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9), (700, 16)])
+@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9), (700, 16), (3000, 9)])
 def test_topk_orders_equal_values_by_their_index(M, k):
     """By each way, of values that are often equal, both zeros and infinities among them, none to all NaN; or never."""
     special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])
@@ -437,10 +444,58 @@ def test_backward_keeps_inputs_and_selected_scores_only(order):
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in (x, index, weight, score)}
 
 
+def convolutions_in(run):
+    """The operators of convolutions that a call runs."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found.extend([op] if 'convolution' in str(op) else [])
+            return op(*args, **kwargs or {})
+
+    with Watch():
+        run()
+    return found
+
+
+@pytest.mark.parametrize('M, N, K', [(1, 1, 1), (7, 1, 5), (1, 4, 9), (6, 8, 1), (300, 24, 65), (40, 200, 33)])
+def test_products_are_those_of_matrices(by_convolution, M, N, K):
+    """Of float32 matrices in any layout; in other dtypes there is one way only."""
+    for dtype in torch.float32, torch.float64, torch.bfloat16:
+        a, b, c = (tokens(*shape, ties=True, dtype=dtype) for shape in ((M, K), (N, K), (M, N)))
+        for lay in (lambda t: t), (lambda t: t.T.contiguous().T), (lambda t: t.repeat(2, 2)[:len(t), :t.shape[1]]):
+            assert torch.equal(rows_by_rows(lay(a), lay(b)), a @ b.T)  # of integers, exactly
+            assert torch.equal(columns_by_columns(lay(c), lay(a)), c.T @ a)
+
+
+@pytest.mark.parametrize('allowed, convolves', [('highest', True), ('medium', False)])
+def test_products_of_float32_are_convolutions_where_these_are_faster(
+        monkeypatch, float32_precision, allowed, convolves):
+    """But not where the program allows products with fewer bits, nor those that are too small for the overhead."""
+    monkeypatch.setattr(products, 'convolutions_are_faster', lambda: True)
+    torch.set_float32_matmul_precision(allowed)
+    large, small = torch.randn(1024, 128), torch.randn(64, 128)
+    for multiply in rows_by_rows, columns_by_columns:
+        assert bool(convolutions_in(lambda: multiply(large, torch.randn(1024, 128)))) == convolves
+        assert not convolutions_in(lambda: multiply(small, torch.randn(64, 128)))
+        assert not convolutions_in(lambda: multiply(large.double(), torch.randn(1024, 128).double()))
+
+
+@pytest.mark.parametrize('cpuinfo, capability, faster', [
+    ('vendor_id : AuthenticAMD', 'AVX512', True), ('vendor_id : AuthenticAMD', 'AVX2', False),
+    ('vendor_id : GenuineIntel', 'AVX512', False)])
+def test_convolutions_are_faster_on_processors_that_mkl_was_not_made_for(monkeypatch, cpuinfo, capability, faster):
+    monkeypatch.setattr(products.Path, 'is_file', lambda path: True)
+    monkeypatch.setattr(products.Path, 'read_text', lambda path: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
+    assert products.convolutions_are_faster.__wrapped__() == faster
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('scored', [False, True])
 @pytest.mark.parametrize('groups', [1, 8])
-def test_neighbor_conv_in_narrow_dtypes(order, dtype, scored, groups):
+def test_neighbor_conv_in_narrow_dtypes(order, by_convolution, dtype, scored, groups):
     """One rounding more than the definition at most."""
     def run(fn, dtype):
         inputs = tokens(2, 6, 8), tokens(8, 8 // groups, 4, seed=1) / 4, tokens(8), tokens(2, 300, 4, seed=3) / 8
@@ -488,7 +543,7 @@ def test_a_backward_pass_inside_autocast_is_that_outside(order):
     torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
 
 
-def test_neighbor_conv_gives_the_same_numbers_each_time(order):
+def test_neighbor_conv_gives_the_same_numbers_each_time(order, by_convolution):
     x, weight, score = torch.randn(4, 50, 16), torch.randn(8, 16, 5), torch.rand(4, 200, 5)
     index = torch.randint(50, (4, 200, 5))
     runs = []

@@ -83,6 +83,11 @@ def full_float32() -> Iterator[None]:
                             backend.fp32_precision = value
 
 
+def cpu_multiplies_full_float32() -> bool:
+    """Whether a CPU multiplies float32 matrices as such now, not with fewer bits as the program may allow."""
+    return _matmul_backends()[-1].fp32_precision in ('ieee', 'none')
+
+
 class _AllBackends:
     """How torch before 2.9 multiplies float32 matrices, on any device, in the words of later ones."""
 
@@ -96,7 +101,7 @@ class _AllBackends:
 
 
 def _matmul_backends() -> List[Any]:
-    """What has the settings, one for each type of device."""
+    """What has the settings, one for each type of device, the CPU's last."""
     if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
         return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     return [_AllBackends()]

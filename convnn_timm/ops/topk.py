@@ -58,9 +58,12 @@ def _in_order(value: torch.Tensor, index: torch.Tensor) -> Tuple[torch.Tensor, t
 def _topk(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """torch.topk, faster on a CPU: a long row is folded, and the k columns with the largest maxima hold its k largest,
     unless these are among what the fold leaves over.
+
+    torch.topk goes once through rows of 64 k and more, slowly over shorter ones. So there may be 64 k maxima; of a row
+    that is short itself, as few as balance them (M / height) with what is searched in the end (height * k).
     """
     M = score.shape[1]
-    height = isqrt(M // k)  # the time goes with M / height, the maxima, and with height * k
+    height = M // (64 * k) or isqrt(M // k)
     if height < 4:
         return score.topk(k)
     width = M // height
