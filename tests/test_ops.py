@@ -99,7 +99,7 @@ def test_topk_orders_equal_values_by_their_index(M, k):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
 @pytest.mark.parametrize('M', [20, 300])
-def test_knn_index_is_that_of_knn(chunk_bytes, least_columns, M, metric, dtype):
+def test_knn_index_is_that_of_knn(chunk_bytes, least_columns, by_convolution, M, metric, dtype):
     query, candidates = tokens(3, 20, 100, dtype=dtype), tokens(3, M, 100, seed=1, dtype=dtype)
     query[:, 0], query[:, 1] = 0, query[:, 1] * 1e-14  # too short to have a direction
     candidates[:, 5:7] = candidates[:, 7:8]
@@ -198,7 +198,7 @@ assert found() == ['ieee', 'ieee']
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-def test_knn_ties_go_to_the_lower_index():
+def test_knn_ties_go_to_the_lower_index(by_convolution, chunk_bytes):
     """All candidates equal, then all zero (a dead ReLU map), in each dtype and at a size where topk has no order."""
     for value in 1., 0.:
         for dtype in torch.float32, torch.float64, torch.bfloat16:
@@ -211,7 +211,7 @@ def test_knn_ties_go_to_the_lower_index():
 
 @pytest.mark.parametrize('M', [50, 200])
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
-def test_knn_ranks_what_is_hardly_a_number_as_the_definition_does(metric, M):
+def test_knn_ranks_what_is_hardly_a_number_as_the_definition_does(by_convolution, chunk_bytes, metric, M):
     query, candidates = tokens(2, 12, 4, dtype=torch.float32), tokens(2, M, 4, dtype=torch.float32, seed=1)
     for i, value in enumerate((torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-30)):
         candidates[:, 7 * i + 1, i % 4] = value

@@ -84,8 +84,11 @@ def full_float32() -> Iterator[None]:
 
 
 def cpu_multiplies_full_float32() -> bool:
-    """Whether a CPU multiplies float32 matrices as such now, not with fewer bits as the program may allow."""
-    return _matmul_backends()[-1].fp32_precision in ('ieee', 'none')
+    """Whether a CPU multiplies float32 as such now, in matrices and convolutions, not with fewer bits as may be allowed."""
+    backends = _matmul_backends()[-1:]
+    if hasattr(torch.backends.mkldnn, 'conv'):
+        backends.append(torch.backends.mkldnn.conv)
+    return all(backend.fp32_precision in ('ieee', 'none') for backend in backends)
 
 
 class _AllBackends:

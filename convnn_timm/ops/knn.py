@@ -11,8 +11,10 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import (
-    batch_chunks, cast_under_autocast, full_float32, no_autocast, once_differentiable, refuse_forward_mode, widen)
+    batch_chunks, cast_under_autocast, chunk_bytes, full_float32, no_autocast, once_differentiable,
+    refuse_forward_mode, widen)
 from .paths import choose
+from .products import convolves, rows_by_rows
 from .reference import inverse_norm
 from .topk import can_sort_columns, column_scratch, topk_of_columns, topk_of_rows
 
@@ -156,21 +158,27 @@ def _knn(
     width = candidates.element_size()
     # For each query: first for its C numbers, in the candidates' dtype, then to sort the scores in.
     scratch_integers = max(ceil(C * width / 8), column_scratch(M, k) if by_column else 0)
-    buffer = None  # the scores of one chunk: fresh memory for each would cost as much as filling it
+    bytes_per_query = M * width + 8 * scratch_integers
+    # Of images so large that each is alone in its chunk, however many there are: else its ranks might depend on others.
+    by_convolution = (
+        not by_column and 2 * Q * bytes_per_query > chunk_bytes(query.device) and convolves(candidates, Q * M * C))
+    scratch = None  # memory of one chunk, as are the scores: fresh memory for each would cost as much as filling it
     with full_float32():
-        for b, q in batch_chunks(B, Q, M * width + 8 * scratch_integers, query.device):
+        for b, q in batch_chunks(B, Q, bytes_per_query, query.device):
             n, rows = b.stop - b.start, q.stop - q.start
-            if buffer is None:
-                buffer, scratch = candidates.new_empty(n * rows * M), index.new_empty(n * rows * scratch_integers)
-            s = buffer[:n * rows * M].view(n, rows, M)
+            if scratch is None:
+                scratch = index.new_empty(n * rows * scratch_integers)
+                buffer = candidates.new_empty(0 if by_convolution else n * rows * M)
             wide = scratch.view(candidates.dtype)[:n * rows * C].view(n, rows, C).copy_(query[b, q])
             if offset is None:
                 wide *= _has_direction(wide)
-            if by_column:
-                s = s.view(n, M, rows)
-                torch.bmm(candidates[b], wide.mT, out=s)
-                s = s.mT
+            if by_convolution:
+                s = rows_by_rows(wide[0], candidates[b.start]).unsqueeze(0)
+            elif by_column:
+                s = buffer[:n * rows * M].view(n, M, rows)
+                s = torch.bmm(candidates[b], wide.mT, out=s).mT
             else:
+                s = buffer[:n * rows * M].view(n, rows, M)
                 torch.bmm(wide, candidates[b].mT, out=s)
             if offset is not None:
                 s += offset[b].unsqueeze(1)

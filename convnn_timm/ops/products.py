@@ -12,21 +12,21 @@ import torch.nn.functional as F
 
 from ._common import cpu_multiplies_full_float32
 
-__all__ = ['rows_by_rows', 'columns_by_columns']
+__all__ = ['columns_by_columns', 'convolves', 'rows_by_rows']
 
 LEAST_PRODUCT = 2 ** 24  # multiplications that make up for a convolution's overhead
 
 
 def rows_by_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b.T of a (M, K) and b (N, K)."""
-    if not _is_for_convolution(a, b.shape[0]):
+    if not convolves(a, a.numel() * b.shape[0]):
         return a @ b.T
     return F.conv2d(_as_pixels(a), b[:, :, None, None])[0, :, :, 0].T
 
 
 def columns_by_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a.T @ b of a (M, N) and b (M, K): the gradient of a convolution's weight."""
-    if not _is_for_convolution(a, b.shape[1]):
+    if not convolves(a, a.numel() * b.shape[1]):
         return a.T @ b
     weight = a.new_empty(a.shape[1], b.shape[1], 1, 1).to(memory_format=torch.channels_last)
     _, gradient, _ = torch.ops.aten.convolution_backward(
@@ -34,9 +34,10 @@ def columns_by_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return gradient[:, :, 0, 0]
 
 
-def _is_for_convolution(a: torch.Tensor, others: int) -> bool:
+def convolves(matrix: torch.Tensor, multiplications: int) -> bool:
+    """Whether a product of matrices like this one that takes so many multiplications is computed as a convolution."""
     return (
-        a.dtype == torch.float32 and a.device.type == 'cpu' and a.numel() * others >= LEAST_PRODUCT
+        matrix.dtype == torch.float32 and matrix.device.type == 'cpu' and multiplications >= LEAST_PRODUCT
         and convolutions_are_faster() and cpu_multiplies_full_float32())
 
 
