@@ -304,11 +304,9 @@ class ConvNN2d(_ConvNN):
     axes = 2
 
 
-# What it remembers outlives a CUDA graph, whose memory that would be if it were found in one. (torch 2.6 has no tag.)
-_OUTSIDE_GRAPHS = {'tags': [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, 'cudagraph_unsafe') else {}
-
-
-@torch.library.custom_op('convnn_timm::neighbors_by_location', mutates_args=(), **_OUTSIDE_GRAPHS)
+# What it remembers outlives a CUDA graph, whose memory that would be if it were found in one.
+@torch.library.custom_op(
+    'convnn_timm::neighbors_by_location', mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _neighbors_by_location(
         size: List[int],
         device: torch.device,
