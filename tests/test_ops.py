@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, knn_index, neighbor_conv, reference
 from convnn_timm.ops import _common, products, topk
-from convnn_timm.ops.products import columns_by_columns, rows_by_rows
+from convnn_timm.ops.products import columns_by_columns, rows_by_columns, rows_by_rows
 from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
 
@@ -34,6 +34,7 @@ def order(request, monkeypatch):
 def by_convolution(request, monkeypatch):
     monkeypatch.setattr(products, 'convolutions_are_faster', lambda: request.param)
     monkeypatch.setattr(products, 'LEAST_PRODUCT', 0)
+    monkeypatch.setattr(products, 'LEAST_ROWS', 0)
 
 
 @pytest.mark.parametrize('device, budget', [
@@ -465,6 +466,7 @@ def test_products_are_those_of_matrices(by_convolution, M, N, K):
         a, b, c = (tokens(*shape, ties=True, dtype=dtype) for shape in ((M, K), (N, K), (M, N)))
         for lay in (lambda t: t), (lambda t: t.T.contiguous().T), (lambda t: t.repeat(2, 2)[:len(t), :t.shape[1]]):
             assert torch.equal(rows_by_rows(lay(a), lay(b)), a @ b.T)  # of integers, exactly
+            assert torch.equal(rows_by_columns(lay(c), lay(b)), c @ b)
             assert torch.equal(columns_by_columns(lay(c), lay(a)), c.T @ a)
 
 
@@ -474,11 +476,13 @@ def test_products_of_float32_are_convolutions_where_these_are_faster(
     """But not where the program allows products with fewer bits, nor those that are too small for the overhead."""
     monkeypatch.setattr(products, 'convolutions_are_faster', lambda: True)
     torch.set_float32_matmul_precision(allowed)
-    large, small = torch.randn(1024, 128), torch.randn(64, 128)
-    for multiply in rows_by_rows, columns_by_columns:
-        assert bool(convolutions_in(lambda: multiply(large, torch.randn(1024, 128)))) == convolves
-        assert not convolutions_in(lambda: multiply(small, torch.randn(64, 128)))
-        assert not convolutions_in(lambda: multiply(large.double(), torch.randn(1024, 128).double()))
+    large, small, flat = torch.randn(512, 512), torch.randn(64, 64), torch.randn(64, 512)
+    for multiply in rows_by_rows, rows_by_columns, columns_by_columns:
+        assert bool(convolutions_in(lambda: multiply(large, large))) == convolves
+        assert not convolutions_in(lambda: multiply(small, small))
+        assert not convolutions_in(lambda: multiply(large.double(), large.double()))
+    assert bool(convolutions_in(lambda: rows_by_columns(flat, large))) == convolves
+    assert not convolutions_in(lambda: columns_by_columns(flat, flat))
 
 
 @pytest.mark.parametrize('cpuinfo, capability, faster', [

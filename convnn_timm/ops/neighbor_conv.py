@@ -15,7 +15,7 @@ from . import reference
 from ._common import (
     batch_chunks, cast_under_autocast, chunk_bytes, no_autocast, once_differentiable, refuse_forward_mode, widen)
 from .paths import choose
-from .products import columns_by_columns, rows_by_rows
+from .products import columns_by_columns, rows_by_columns, rows_by_rows
 
 __all__ = ['neighbor_conv']
 
@@ -130,6 +130,7 @@ def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
                 grad_rows = grad_rows * s[part]
             if of_x:
                 grad_x[b].view(-1, C).index_add_(0, place[part].flatten(), widen(grad_rows).reshape(-1, C))
+            del grad_rows  # before the next part's
         if s is not None:
             grad_score[b, q] = torch.cat(to_score).view(index[b, q].shape)
             rows *= s
@@ -175,7 +176,7 @@ def _rows_gradient(grad: torch.Tensor, matrix: torch.Tensor, K: int) -> torch.Te
     """Gradient (N, K, C) of `_grouped_product`, grad (N, O), to its rows."""
     groups, outputs, inputs = matrix.shape
     if groups == 1:
-        return rows_by_rows(grad, matrix[0].T).unflatten(1, (K, -1))
+        return rows_by_columns(grad, matrix[0]).unflatten(1, (K, -1))
     if inputs == K and outputs == 1:  # depthwise
         return grad.unsqueeze(1) * matrix[:, 0].T
     grad = grad.unflatten(1, (groups, -1)).transpose(0, 1)
@@ -274,7 +275,7 @@ def _products(tokens: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.
 def _tokens_gradient(grad: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     """Gradient (N, C) of `_products`, grad (N, K, O), to its tokens."""
     if groups == 1:
-        return rows_by_rows(grad.flatten(1), _by_rank(weight, 1)[0].T)
+        return rows_by_columns(grad.flatten(1), _by_rank(weight, 1)[0])
     if groups == len(weight) and weight.shape[1] == 1:  # depthwise
         return (grad * weight[:, 0].T).sum(1)
     grad = grad.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)

@@ -12,23 +12,31 @@ import torch.nn.functional as F
 
 from ._common import cpu_multiplies_full_float32
 
-__all__ = ['columns_by_columns', 'convolves', 'rows_by_rows']
+__all__ = ['columns_by_columns', 'convolves', 'rows_by_columns', 'rows_by_rows']
 
 LEAST_PRODUCT = 2 ** 24  # multiplications that make up for a convolution's overhead
+LEAST_ROWS = 512  # and rows that make up for arranging the gradient of its weight
 
 
 def rows_by_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b.T of a (M, K) and b (N, K)."""
-    if not convolves(a, a.numel() * b.shape[0]):
+    if not convolves(a, a.numel() * len(b)):
         return a @ b.T
-    return F.conv2d(_as_pixels(a), b[:, :, None, None])[0, :, :, 0].T
+    return _as_matrix(F.conv2d(_as_pixels(a), b[:, :, None, None]))
+
+
+def rows_by_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of a (M, N) and b (N, K): the gradient of a convolution's input."""
+    if not convolves(a, a.numel() * b.shape[1]):
+        return a @ b
+    return _as_matrix(F.conv_transpose2d(_as_pixels(a), b[:, :, None, None]))
 
 
 def columns_by_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a.T @ b of a (M, N) and b (M, K): the gradient of a convolution's weight."""
-    if not convolves(a, a.numel() * b.shape[1]):
+    if len(a) < LEAST_ROWS or not convolves(a, a.numel() * b.shape[1]):
         return a.T @ b
-    weight = a.new_empty(a.shape[1], b.shape[1], 1, 1).to(memory_format=torch.channels_last)
+    weight = a.new_empty(a.shape[1], b.shape[1], 1, 1)  # only its shape is read
     _, gradient, _ = torch.ops.aten.convolution_backward(
         _as_pixels(a), _as_pixels(b), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
     return gradient[:, :, 0, 0]
@@ -44,6 +52,11 @@ def convolves(matrix: torch.Tensor, multiplications: int) -> bool:
 def _as_pixels(rows: torch.Tensor) -> torch.Tensor:
     """(M, K) as a channels_last map of M pixels, (1, K, M, 1)."""
     return rows.reshape(1, len(rows), 1, -1).permute(0, 3, 1, 2)
+
+
+def _as_matrix(pixels: torch.Tensor) -> torch.Tensor:
+    """The same back."""
+    return pixels[0, :, :, 0].T
 
 
 @lru_cache(maxsize=None)
