@@ -111,6 +111,12 @@ def test_available_paths_gives_every_reason(cpu_machine):
     assert rows[1].reason == 'no CUDA device'
 
 
+@pytest.mark.parametrize('faster', [False, True])
+def test_available_paths_says_what_multiplies_on_a_cpu(monkeypatch, faster):
+    monkeypatch.setattr(paths, 'convolutions_are_faster', lambda: faster)
+    assert [('convolutions' in row.reason) for row in available_paths() if row.path == 'torch'] == [faster, faster]
+
+
 def test_available_paths_says_how_to_turn_triton_on(runs_triton):
     assert available_paths()[1].usable and 'off unless CONVNN_TIMM_OPS=triton' in available_paths()[1].reason
     with use_path('triton'):
@@ -120,7 +126,7 @@ def test_available_paths_says_how_to_turn_triton_on(runs_triton):
 def test_the_environment_variable_sets_the_first_choice(monkeypatch, cpu_machine):
     def fresh(value):
         monkeypatch.setenv('CONVNN_TIMM_OPS', value)
-        spec = importlib.util.spec_from_file_location('fresh_paths', paths.__file__)
+        spec = importlib.util.spec_from_file_location('convnn_timm.ops.fresh_paths', paths.__file__)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.choose

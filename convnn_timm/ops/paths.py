@@ -10,6 +10,8 @@ from typing import List, NamedTuple, Optional
 
 import torch
 
+from .products import convolutions_are_faster
+
 __all__ = [
     'OpPath', 'available_paths', 'can_run_triton_knn', 'can_run_triton_neighbor_conv', 'choose', 'interpreting',
     'use_path',
@@ -100,9 +102,12 @@ def available_paths() -> List[OpPath]:
     missing = _no_triton()
     chosen = 'chosen, though' if _wanted == 'triton' else 'off unless CONVNN_TIMM_OPS=triton:'
     triton = missing or f'{chosen} not timed on a GPU yet'
+    torch_path = 'plain PyTorch, any device, memory bounded by chunks; the default'
+    if convolutions_are_faster():
+        torch_path += '; large float32 products as convolutions, for MKL leaves AVX-512 unused here'
     paths = []
     for op in ('knn', 'neighbor_conv'):
-        paths.append(OpPath(op, 'torch', True, 'plain PyTorch, any device, memory bounded by chunks; the default'))
+        paths.append(OpPath(op, 'torch', True, torch_path))
         paths.append(OpPath(op, 'triton', missing is None, triton))
     return paths
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ._common import cpu_multiplies_full_float32
 
-__all__ = ['columns_by_columns', 'convolves', 'rows_by_columns', 'rows_by_rows']
+__all__ = ['columns_by_columns', 'convolutions_are_faster', 'convolves', 'rows_by_columns', 'rows_by_rows']
 
 LEAST_PRODUCT = 2 ** 24  # multiplications that make up for a convolution's overhead
 LEAST_ROWS = 512  # and rows that make up for arranging the gradient of its weight
