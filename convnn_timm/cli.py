@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     sub = add(
         'neighbors', neighbors, 'draw which neighbours the layers of a network choose, on an image',
         'neighbors cat.jpg --model local-dir:output/my-run/model --point 200,150 -o neighbors.png\n'
-        'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --layer layer2.0.conv1 --point 200,150 -o two.png\n'
+        'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --layer layer2.0.conv1 --point 200,150 -o 2.png\n'
         'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --all-layers -o sheet.png')
     sub.add_argument('image', type=Path, metavar='IMAGE', help='image file')
     sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
@@ -247,7 +247,7 @@ def list_models(args: argparse.Namespace) -> None:
     names = timm.list_models(args.pattern)
     ours = [
         name for name in names
-        if timm.model_entrypoint(name).__module__.startswith(models.__name__) and name != 'convnn_converted']  # any size
+        if timm.model_entrypoint(name).__module__.startswith(models.__name__) and name != 'convnn_converted']
     if not ours:
         raise CommandError(f'no model matches {args.pattern!r}; `convnn-timm list` shows them all')
     print(f'{"model":<32} {"parameters":>12} {"MACs":>9}  weights')

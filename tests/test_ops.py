@@ -77,7 +77,8 @@ def test_knn_selects_what_the_definition_selects(chunk_bytes, least_columns, B, 
         assert (score[..., 1:] == score[..., :-1]).any()
 
 
-@pytest.mark.parametrize('M, k', [(1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9), (700, 16), (3000, 9)])
+@pytest.mark.parametrize('M, k', [
+    (1, 1), (7, 1), (5, 5), (8, 8), (40, 8), (33, 3), (90, 16), (300, 9), (700, 16), (3000, 9)])
 def test_topk_orders_equal_values_by_their_index(M, k):
     """By each way, of values that are often equal, both zeros and infinities among them, none to all NaN; or never."""
     special = torch.tensor([0., -0., 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, 1., -1., 2.])

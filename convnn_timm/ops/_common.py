@@ -84,7 +84,7 @@ def full_float32() -> Iterator[None]:
 
 
 def cpu_multiplies_full_float32() -> bool:
-    """Whether a CPU multiplies float32 as such now, in matrices and convolutions, not with fewer bits as may be allowed."""
+    """Whether a CPU multiplies float32 as such now, in matrices and convolutions, not with fewer bits."""
     backends = _matmul_backends()[-1:]
     if hasattr(torch.backends.mkldnn, 'conv'):
         backends.append(torch.backends.mkldnn.conv)
