@@ -1,7 +1,7 @@
 """ Trainer for image classification, on timm's library.
 
 Its arguments are in train_args.py, its images in train_data.py, the run folder in train_folder.py.
-train_scripts/README.md says what differs from timm's train.py.
+docs/training.md says what differs from timm's train.py.
 """
 import argparse
 import copy
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
         command: The words of the command line, for the record.
 
     Returns:
-        The run folder; train_scripts/README.md says what is in it.
+        The run folder; docs/training.md says what is in it.
 
     Raises:
         UsageError: If the arguments, the data and the run folder do not fit together.

@@ -572,7 +572,6 @@ def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
     assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.1 M', '0.007 G', '2']
     assert cells[6:8] == [f'{s:.0f}' for s in seconds] and 'thread' in cells[8]
     assert f'| [`{NAME}`]({NAME}) |' in zoo('model_cards/README.md') and 'CIFAR-10 (made of noise)' in zoo()
-    assert f"model = timm.create_model('{NAME}', pretrained=True)" in zoo()
     shutil.rmtree(training / 'seeds')
     shutil.rmtree(training / 'twin')
     assert '| 90.00 | 1 seed |  |' in zoo()

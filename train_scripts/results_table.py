@@ -30,18 +30,11 @@ COLUMNS = ('run', 'model', 'seed', 'epochs', 'top-1', 'top-5', 'images/s', 'wait
 ZOO_COLUMNS = (
     'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'of the twin',
     'machine')
-ZOO = """```python
-import convnn_timm  # registers the models with timm
-import timm
-
-model = timm.create_model('{name}', pretrained=True)
-```
-
-{table}
+ZOO = """{table}
 Trained on {data}.
-Top-1 is that of the last epoch, on the whole test set, as the training recorded it: the mean over the seeds, and where there are several
-their sample standard deviation; a difference between single runs may be chance. The twin is the network with convolutions, trained in
-the same way. Seconds are those of the median epoch of full-size images, for model and twin on the same machine; those on different
+Top-1 is that of the last epoch on the whole test set: the mean over the seeds and their sample standard deviation. A
+difference between single runs may be chance. The twin is the same network with convolutions, trained in the same way.
+Seconds are those of the median epoch of full-size images, for model and twin on the same machine; those on different
 machines do not compare. Each model card has the figures of the file itself, and how it was trained.
 """
 EMPTY_ZOO = 'No weights are published yet.\n'
@@ -96,9 +89,8 @@ def zoo_text(cards: Sequence[Card], link: str) -> str:
     if not cards:
         return EMPTY_ZOO
     table = markdown(ZOO_COLUMNS, [zoo_row(card, link) for card in cards])
-    shown = next((card for card in cards if 'convnn' in card.layer), cards[0])
     data = ', '.join(dict.fromkeys(card.data for card in cards))
-    return ZOO.format(name=shown.name, table=table, data=data)
+    return ZOO.format(table=table, data=data)
 
 
 def tables(root: Path = ROOT) -> Dict[Path, str]:

@@ -1,4 +1,4 @@
-"""What the README says runs: its Python blocks, its commands, its tables."""
+"""What README and docs/ say runs: their Python blocks, commands, tables and links."""
 import inspect
 import re
 from pathlib import Path
@@ -13,7 +13,9 @@ from convnn_timm.layers import LAYER_TYPES, layer_arguments
 from convnn_timm.macs import count_macs
 from convnn_timm.train import build_parser as build_train_parser
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+README = PAGES['README.md']
 
 AUTHORS_FLAGS = """
     model layer K kernel_size padding sampling_type num_samples sample_padding attention_dropout shuffle_pattern
@@ -23,26 +25,54 @@ AUTHORS_FLAGS = """
 """.split()
 
 
-def rows(first_cell):
-    """Cells of the table rows whose first cell matches, without backticks."""
-    lines = [line.replace('`', '') for line in README.splitlines() if line.startswith('|')]
+def rows(page, first_cell):
+    """Cells of a page's table rows whose first cell matches, without backticks."""
+    lines = [line.replace('`', '') for line in PAGES[page].splitlines() if line.startswith('|')]
     table = [[cell.strip() for cell in line[1:-1].split('|')] for line in lines]
     return [row for row in table if re.fullmatch(first_cell, row[0])]
 
 
-@pytest.mark.parametrize('code', re.findall(r'^```python\n(.*?)^```', README, re.DOTALL | re.MULTILINE))
-def test_python_block(code):
-    exec(compile(code, 'README.md', 'exec'), {})
+@pytest.mark.parametrize('page, code', [
+    (page, code) for page, text in PAGES.items() for code in re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE)])
+def test_python_block(page, code):
+    exec(compile(code, page, 'exec'), {})
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_lines_are_short(page):
+    """Tables and addresses aside."""
+    prose = [line for line in PAGES[page].splitlines() if not line.lstrip().startswith(('|', '!['))]
+    assert not [line for line in prose if len(line) > 120 and ' ' in line.strip()]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r'\]\(([^)]+)\)', PAGES[page]):
+        path, _, heading = link.partition('#')
+        if not path.startswith('http'):
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), link
+            headings = re.findall(r'^#+ (.*)', target.read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in [title.lower().replace(' ', '-') for title in headings], link
+
+
+def test_each_page_says_for_whom_it_is():
+    for page, text in PAGES.items():
+        assert page == 'README.md' or text.split('\n\n')[1].startswith('For those who '), page
 
 
 def test_each_flag_of_the_authors_has_one_row():
-    assert sorted(row[0] for row in rows(r'--\w+')) == sorted(f'--{flag}' for flag in AUTHORS_FLAGS)
+    assert sorted(row[0] for row in rows('docs/authors.md', r'--\w+')) == sorted(f'--{flag}' for flag in AUTHORS_FLAGS)
 
 
 def test_what_stands_for_a_flag_exists():
     """Arguments of our trainer, unless the row says that only timm's script has them, and keywords of the models."""
     known = set(build_train_parser()._option_string_actions) | {'input_noise', *layer_arguments()}
-    for flag, here, note in rows(r'--\w+'):
+    for flag, here, note in rows('docs/authors.md', r'--\w+'):
         named = re.findall(r'--[a-z][a-z-]*', here) + re.findall(r'keyword (\w+)', here)
         unknown = set(named) - known
         assert not unknown or "timm's script only" in note, f'{flag}: {unknown}'
@@ -52,7 +82,7 @@ def test_what_stands_for_a_flag_exists():
 def test_keywords_and_defaults():
     """The table has every keyword of the models, with its default."""
     shown = {}
-    for names, defaults, *_ in rows(r'[a-zK]\w*(, \w+)*'):
+    for names, defaults, *_ in rows('docs/models.md', r'[a-zK]\w*(, \w+)*'):
         shown.update(zip(names.split(', '), defaults.split(', ')))
     keywords = {'input_noise': '0', 'bias': '', 'kernel_size': '3'}
     for layer in ('convnn', 'convnn_branching_attn'):
@@ -63,7 +93,7 @@ def test_keywords_and_defaults():
 
 
 def test_sizes_of_models():
-    for layer, _, *sizes in rows(r'_conv\w+'):
+    for layer, _, *sizes in rows('docs/models.md', r'_conv\w+'):
         for network, size in zip(('resnet18', 'vgg11'), sizes, strict=True):
             model = timm.create_model(network + layer, device='meta')
             parameters, macs = sum(p.numel() for p in model.parameters()), count_macs(model)
@@ -72,7 +102,7 @@ def test_sizes_of_models():
 
 def test_commands_exist():
     commands = build_parser()._subparsers._group_actions[0].choices
-    named = set(re.findall(r'(?:convnn-timm|-m convnn_timm) ([\w-]+)', README))
+    named = {name for text in PAGES.values() for name in re.findall(r'(?:convnn-timm|-m convnn_timm) ([a-z-]+)', text)}
     assert named == set(commands)
 
 
