@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -37,6 +37,8 @@ OWN_LAYERS = tuple(layer for layer in LAYER_TYPES.values() if layer is not nn.Co
 MANY_TIMES = 10
 # What the convolution, not the caller, decides.
 FROM_CONV = ('kernel_size', 'stride', 'dilation', 'groups', 'bias')
+# What timm.utils.reparameterize_model calls; it takes the first that a module has.
+REPARAMETERIZE = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
 @dataclass
@@ -72,7 +74,8 @@ def convert(
     Replaces square convolutions with odd kernels, 3 x 3 or larger. Their stride, padding, dilation, groups and
     bias are kept, so every map keeps its size. A grouped convolution becomes a branching layer only if each group's
     outputs can be divided between the branches; a depthwise one never can, use 'convnn' for it. What cannot be replaced
-    stays, and the report says why.
+    stays, and the report says why. So do convolutions that share a parameter with another module, and those that
+    reparameterisation will fold into others: `model = timm.utils.reparameterize_model(model)` first, then convert.
 
     Args:
         model: Any network; a timm model stays one in all respects.
@@ -101,13 +104,17 @@ def convert(
         raise ValueError('a convolution cannot be replaced in place: put it into a Sequential')
     if hasattr(model, '_orig_mod'):  # of torch.compile
         raise ValueError('the model is compiled: convert it first, then compile it')
-    if not (where is None or callable(where) or isinstance(where, (str, list, tuple))):
-        raise TypeError(f'`where` must be names or a function, got {where!r}')
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # which would not synchronise the new parameters
+        raise ValueError('the model is wrapped in DistributedDataParallel: convert it first, then wrap it')
     if isinstance(where, str):
         where = [pattern.strip() for pattern in where.split(',')]
-    report, new, possible = ConversionReport(layer), {}, []
+    elif isinstance(where, Sequence):
+        where = list(where)  # plain, so that timm can save it
+    if not (where is None or callable(where) or isinstance(where, list) and all(isinstance(n, str) for n in where)):
+        raise TypeError(f'`where` must be names or a function, got {where!r}')
+    report, new, possible, in_use = ConversionReport(layer), {}, [], _used_elsewhere(model)
     for name, conv in _convolutions(model):
-        reason = _why_not(conv, layer, init, layer_args)
+        reason = _why_not(conv, layer, init, layer_args) or in_use.get(conv, '')
         possible += [] if reason else [name]
         if where is None or _selects(where, name, conv):
             if reason:
@@ -117,7 +124,7 @@ def convert(
                 report.replaced.append(name)
     if not new:
         raise ValueError(_nothing(where, layer, possible, report.skipped))
-    if isinstance(where, (list, tuple)):
+    if isinstance(where, list):
         names = [name for name, _ in _convolutions(model)]
         if idle := [pattern for pattern in where if not any(fnmatchcase(name, pattern) for name in names)]:
             raise ValueError(f'no convolution is named {", ".join(idle)}; there are {_list(names)}')
@@ -192,8 +199,17 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
         return f'the kernel is {height} x {width}, and an even one has no centre'
     if type(conv) not in (nn.Conv2d, Conv2dSame):
         return f'{type(conv).__name__} does more than a convolution'
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if any(value for name, value in vars(conv).items() if name.endswith('_hooks')):
         return 'it has hooks, which would be lost'
+    if 'forward' in vars(conv) or '_conv_forward' in vars(conv):
+        return 'its forward was replaced, which would be lost'
+    if conv._buffers or conv._modules or conv._parameters.keys() != {'weight', 'bias'}:
+        return 'it holds other tensors than a weight and a bias, which would be lost'
+    for parameter in conv.parameters():
+        if type(parameter) is not nn.Parameter:
+            return f'its parameters are {type(parameter).__name__}s, which would be lost'
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return 'its parameters have hooks, which would be lost'
     for name in 'stride', 'dilation':
         if len(set(getattr(conv, name))) > 1:
             return f'{name}={getattr(conv, name)} differs between the axes'
@@ -217,6 +233,55 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
     except ValueError as error:
         return str(error)
     return ''
+
+
+def _used_elsewhere(model: nn.Module) -> Dict[nn.Module, str]:
+    """Convolutions whose weights another module uses too, or will change, each with the reason to leave it."""
+    owners, reasons = defaultdict(list), {}
+    for name, module in model.named_modules():
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                # Tied parameters are one object or, as of `b.weight.data = a.weight.data`, two with the same memory.
+                address = parameter.data_ptr() if type(parameter) is nn.Parameter else 0
+                owners[address or id(parameter)].append((module, name, kind))
+    for shared in owners.values():
+        for module, name, kind in shared:
+            if others := [f'{other}.{its}' for _, other, its in shared if (other, its) != (name, kind)]:
+                reasons[module] = f'it shares its {kind} with {_list(others)}'
+    for module in model.modules():
+        convs = [m for m in module.modules() if isinstance(m, nn.Conv2d) and m not in reasons]
+        if isinstance(getattr(module, 'merged', None), bool):  # an adapter, of peft or loralib
+            reasons |= dict.fromkeys(convs, 'an adapter will merge into it: merge that first, then convert')
+        elif convs and (method := next((name for name in REPARAMETERIZE if hasattr(module, name)), None)):
+            reasons |= dict.fromkeys(
+                _folded(module, method, convs),
+                'reparameterisation will fold it into another one: `model = timm.utils.reparameterize_model(model)` '
+                'first, then convert')
+    return reasons
+
+
+def _folded(module: nn.Module, method: str, convs: List[nn.Conv2d]) -> List[nn.Conv2d]:
+    """The convolutions that a method of a module removes or changes. It is called on a copy to see that."""
+    copies = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_floating_point():
+            # 0.5, because multiplying by 1, a new batch norm's variance and weight, would not show
+            copy_ = torch.full_like(tensor.detach(), 0.5, device='cpu' if tensor.is_meta else None)
+            copies[id(tensor)] = nn.Parameter(copy_) if isinstance(tensor, nn.Parameter) else copy_
+    trial = copy.deepcopy(module, copies).eval()  # adds its copies of modules
+    try:
+        result = getattr(trial, method)()
+    except Exception:  # it was called before, or is no such method: reparameterize_model raises too
+        return []
+    kept = set(result.modules() if isinstance(result, nn.Module) else trial.modules())
+
+    def stays(conv: nn.Conv2d) -> bool:
+        before, after = conv._parameters, copies[id(conv)]._parameters
+        return copies[id(conv)] in kept and all(
+            after.get(name) is copies.get(id(parameter)) and (parameter is None or (after[name] == 0.5).all())
+            for name, parameter in before.items())
+
+    return [conv for conv in convs if not stays(conv)]
 
 
 def _nothing(where: Where, layer: str, possible: List[str], skipped: Dict[str, str]) -> str:
@@ -441,6 +506,13 @@ def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequenc
     return [] if rearranges_channels(layer) else first_modules(conversion['layer'], name)
 
 
-def conversions(convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]]) -> List[Dict[str, Any]]:
-    """One conversion or several, each the arguments of `convert`."""
-    return [convert] if isinstance(convert, dict) else list(convert)
+def conversions(convert: Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]) -> List[Dict[str, Any]]:
+    """One conversion or several, each the arguments of `convert`, as plain dictionaries.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    several = [convert] if isinstance(convert, Mapping) else convert
+    if not isinstance(several, Sequence) or not all(isinstance(one, Mapping) for one in several):
+        raise TypeError(f'convert={convert!r}: give the arguments of `convnn_timm.convert`, or a list of such')
+    return [dict(one) for one in several]

@@ -9,6 +9,7 @@ import torch
 from timm.layers import Conv2dSame, StdConv2d
 from timm.models import get_model_traits, save_for_hf
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from convnn_timm import Branching2d, ConvNN2d, convert
 from convnn_timm.macs import count_macs
@@ -34,7 +35,7 @@ MODELS = {
     'cspresnet50': (17, 17),
     'vgg11_bn': (9, 9),  # with the first layer of its classifier, which has a window of 7 x 7
 }
-FAST = ('resnet18', 'test_efficientnet', 'test_convnext')
+FAST = ('resnet18', 'test_efficientnet', 'test_convnext', 'repvit_m0_9', 'repvgg_a0', 'lcnetv2_small')
 
 
 def create(name, **kwargs):
@@ -222,6 +223,33 @@ class Odd(nn.Module):
         self.hooked.register_forward_hook(lambda *args: None)
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
         self.wide = nn.Conv2d(4, 4, 3, dilation=(1, 2))
+        self.parametrized = parametrize.register_parametrization(nn.Conv2d(4, 4, 3), 'weight', nn.ReLU())
+        self.pruned = prune.l1_unstructured(nn.Conv2d(4, 4, 3), 'weight', 2)
+        self.saved_apart = nn.Conv2d(4, 4, 3)
+        self.saved_apart.register_state_dict_post_hook(lambda *args: None)
+        self.offloaded = nn.Conv2d(4, 4, 3)
+        self.offloaded.forward = lambda x: x
+        self.masked = nn.Conv2d(4, 4, 3)
+        self.masked.register_buffer('mask', torch.ones(4, 4, 3, 3))
+        self.quantized = nn.Conv2d(4, 4, 3)
+        self.quantized.weight = Quantized(torch.ones(4, 4, 3, 3))
+        self.clipped = nn.Conv2d(4, 4, 3)
+        self.clipped.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        self.adapter = Adapter()
+
+
+class Quantized(nn.Parameter):
+    """A parameter of another kind, as quantisation and sharding make them."""
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter, which merges its weight into the convolution's, as peft's and loralib's do."""
+    merged = False
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Conv2d(4, 4, 3)
+        self.lora_A = nn.ModuleDict({'default': nn.Conv2d(4, 2, 3)})
 
 
 REASONS = {
@@ -235,6 +263,15 @@ REASONS = {
     'depthwise': 'its groups have 1 output each, which branch_ratio does not divide between the branches: '
                  "choose another one, or layer='convnn'",
     'wide': 'dilation=(1, 2) differs between the axes',
+    'parametrized': 'ParametrizedConv2d does more than a convolution',
+    'pruned': 'it has hooks, which would be lost',
+    'saved_apart': 'it has hooks, which would be lost',
+    'offloaded': 'its forward was replaced, which would be lost',
+    'masked': 'it holds other tensors than a weight and a bias, which would be lost',
+    'quantized': 'its parameters are Quantizeds, which would be lost',
+    'clipped': 'its parameters have hooks, which would be lost',
+    'adapter.base_layer': 'an adapter will merge into it: merge that first, then convert',
+    'adapter.lora_A.default': 'an adapter will merge into it: merge that first, then convert',
 }
 
 
@@ -246,7 +283,73 @@ def test_what_cannot_be_replaced_stays_and_the_report_says_why():
     assert [name for name, module in model.named_children() if module is not before[name]] == ['fine']
     text = str(report)
     assert text.startswith('convnn_branching in place of fine\n')
-    assert all(f'  left: {reason}: {name}\n' in text for name, reason in REASONS.items())
+    assert all(f'  left: {reason}: ' in text for reason in REASONS.values())
+
+
+@pytest.mark.parametrize('tie', [
+    lambda a, b: setattr(b, 'weight', a.weight),
+    lambda a, b: setattr(b.weight, 'data', a.weight.data),
+])
+@pytest.mark.parametrize('other', [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_that_shares_a_parameter_stays(tie, other):
+    model = nn.ModuleDict(dict(a=nn.Conv2d(4, 4, 3), b=other(4, 4, 3), c=nn.Conv2d(4, 4, 3)))
+    tie(model['a'], model['b'])
+    report = convert(model)
+    assert report.replaced == ['c'] and report.skipped['a'] == 'it shares its weight with b.weight'
+    assert report.skipped.get('b') in (None, 'it shares its weight with a.weight')
+    assert model['a'].weight.data_ptr() == model['b'].weight.data_ptr()
+
+
+# Convolutions by location that are replaced: before a network is reparameterised, and after.
+REPARAMETERIZED = {
+    'repvit_m0_9': (0, 28),
+    'repvgg_a0': (0, 22),
+    'lcnetv2_small': (6, 12),
+    'nextvit_small': (24, 24),  # folds others
+    'tiny_vit_5m_224': (0, 17),
+    'levit_conv_128s': (0, 4),
+    'efficientvit_m0': (0, 46),
+    'fastvit_t8': (10, 26),
+    'fastvit_sa12': (12, 29),
+    'mobileone_s0': (0, 22),
+    'repghostnet_050': (10, 42),
+    'ghostnetv3_050': (6, 42),
+    'iformer_t': (0, 21),
+    'efficientvim_m1': (6, 28),
+    'shvit_s1': (0, 21),
+}
+
+
+@pytest.fixture
+def float64_by_default():
+    """Some of timm's networks fold into new convolutions of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('name', [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in REPARAMETERIZED])
+@torch.no_grad()
+def test_reparameterisation_finds_its_convolutions_and_comes_first(name, float64_by_default):
+    model = create(name)
+    size = model.pretrained_cfg['input_size'][-1] if model.pretrained_cfg.get('fixed_input_size') else 64
+    x, (before, after) = torch.randn(1, 3, size, size), REPARAMETERIZED[name]
+    expected, converted = model(x), create(name)
+    if before:
+        report = convert(converted, 'convnn', **BY_LOCATION)
+        assert len(report.replaced) == before
+        text = str(report)
+    else:
+        with pytest.raises(ValueError) as error:
+            convert(converted, 'convnn', **BY_LOCATION)
+        text = str(error.value)
+    assert ('reparameterize_model(model)` first, then convert' in text) == (name != 'nextvit_small')
+    torch.testing.assert_close(timm.utils.reparameterize_model(converted, inplace=True)(x), expected)
+    plain = timm.utils.reparameterize_model(model, inplace=True)
+    report = convert(plain, 'convnn', **BY_LOCATION)
+    assert len(report.replaced) == after and 'reparameterize' not in str(report)
+    torch.testing.assert_close(plain(x), expected)
 
 
 @pytest.mark.parametrize('layer, reason', [
@@ -357,6 +460,12 @@ def test_a_convolution_alone_cannot_be_replaced_in_place():
 def test_a_compiled_network_is_refused():
     with pytest.raises(ValueError, match='convert it first, then compile it'):
         convert(torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3))))
+
+
+def test_a_network_whose_gradients_are_synchronised_is_refused(monkeypatch):
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, '__init__', lambda self: nn.Module.__init__(self))
+    with pytest.raises(ValueError, match='convert it first, then wrap it'):
+        convert(nn.parallel.DistributedDataParallel())
 
 
 # What the report counts
