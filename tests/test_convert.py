@@ -2,6 +2,7 @@
 import copy
 import fnmatch
 import json
+from collections.abc import Mapping, Sequence
 
 import pytest
 import timm
@@ -443,6 +444,7 @@ def test_an_error_says_what_to_do_and_leaves_the_model_alone(kwargs, message):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(colour=3), 'unknown argument colour; layer arguments are '),
     (dict(where=3), '`where` must be names or a function, got 3'),
+    (dict(where=['0', 3]), '`where` must be names or a function, got '),
     (dict(kernel_size=5, bias=False), 'kernel_size, bias: comes from the convolution'),
 ])
 def test_wrong_arguments(kwargs, message):
@@ -651,8 +653,64 @@ def test_created_by_name():
     convert(twin, **conversion)
     assert str(model) == str(twin)
     assert {**model.pretrained_cfg} == {**twin.pretrained_cfg}
-    with pytest.raises(ValueError, match="base='resnet17' is no model of timm"):
-        timm.create_model('convnn_converted', base='resnet17')
+
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    *[(dict(base=base), ValueError, f'base={base!r} is no model of timm: give a name that timm.list_models knows')
+      for base in ('resnet17', 'hf-hub:timm/resnet18.a1_in1k', 'local-dir:resnet18', 'convnn_converted', 18)],
+    (dict(base='resnet18.no_such_tag'), RuntimeError, r'Invalid pretrained tag \(no_such_tag\) for resnet18'),
+    (dict(convert='layer3.*'), TypeError, "convert='layer3.*': give the arguments of `convnn_timm.convert`, or a list"),
+    (dict(convert=['layer3.*']), TypeError, 'give the arguments of `convnn_timm.convert`, or a list of such'),
+])
+def test_a_wrong_base_or_conversion_is_an_error(kwargs, error, message, monkeypatch):
+    monkeypatch.setattr('socket.socket.connect', lambda *args: pytest.fail('it asked the network'))
+    for pretrained in False, True:
+        with pytest.raises(error, match=message):
+            timm.create_model('convnn_converted', pretrained=pretrained, **kwargs)
+
+
+class Settings(Mapping):
+    """A mapping that is no dict, such as OmegaConf's."""
+
+    def __init__(self, **items):
+        self.items_ = items
+
+    def __getitem__(self, name):
+        return self.items_[name]
+
+    def __iter__(self):
+        return iter(self.items_)
+
+    def __len__(self):
+        return len(self.items_)
+
+
+class Several(Sequence):
+    """A sequence that is no list."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __len__(self):
+        return len(self.items)
+
+
+def test_conversions_are_any_mapping_or_sequence(tmp_path):
+    model = convert_on('cpu', where=Several('layer1.*', 'layer2.*'), K=3)
+    assert save(model, tmp_path)['model_args']['convert'][0]['where'] == ['layer1.*', 'layer2.*']
+    settings = Settings(where=Several('layer1.*', 'layer2.*'), K=3)
+    for conversions in settings, Several(settings):
+        assert str(timm.create_model('convnn_converted', base='test_resnet', convert=conversions)) == str(model)
+
+
+def test_timm_finds_the_architecture_but_does_not_list_it():
+    assert timm.is_model('convnn_converted')
+    for kwargs in dict(), dict(filter='*convnn*'), dict(filter='convnn_converted*', include_tags=True):
+        assert 'convnn_converted' not in timm.list_models(**kwargs)
+    assert timm.list_models('*convnn*')[0].startswith('resnet')
 
 
 @pytest.mark.parametrize('pretrained', [False, True])

@@ -6,14 +6,14 @@ is `timm.create_model('resnet50')` after `convert(model, where='layer3.*', branc
 converted goes by this name itself: what timm saves of it, `local-dir:` and `hf-hub:` names rebuild.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import timm
 import torch
 import torch.nn as nn
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, is_model, register_model,
-    resolve_pretrained_cfg)
+    PretrainedCfg, _registry, build_model_with_cfg, generate_default_cfgs, get_arch_name, get_pretrained_cfg, is_model,
+    register_model, resolve_pretrained_cfg)
 
 from convnn_timm import conversion
 from ._common import check_complete
@@ -31,9 +31,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def _build(base: str, convert, pretrained: bool, **kwargs) -> nn.Module:
+def _build(base: str, convert: List[Dict[str, Any]], pretrained: bool, **kwargs) -> nn.Module:
     model = timm.create_model(base, pretrained=pretrained, **kwargs)
-    for arguments in conversion.conversions(convert):
+    for arguments in convert:
         conversion.convert(model, **arguments)
     return model
 
@@ -42,7 +42,7 @@ def _build(base: str, convert, pretrained: bool, **kwargs) -> nn.Module:
 def convnn_converted(
         pretrained: bool = False,
         base: str = 'resnet18',
-        convert: Union[Dict[str, Any], Sequence[Dict[str, Any]]] = {},
+        convert: Union[Mapping[str, Any], Sequence[Mapping[str, Any]]] = {},
         pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[str] = None,
@@ -54,12 +54,18 @@ def convnn_converted(
     of weights; else the base gets its pretrained weights before it is converted.
 
     Args:
-        base: Name of the timm model, with or without a tag.
+        base: Name of the timm model, with or without a tag, of those that `timm.list_models` knows.
         convert: Arguments of `convnn_timm.convert`, or those of several conversions one after the other.
         **kwargs: Arguments of the base.
+
+    Raises:
+        ValueError: There is no such base.
+        TypeError: `convert` holds something else.
     """
-    if not is_model(base):
-        raise ValueError(f'base={base!r} is no model of timm')
+    if not isinstance(base, str) or not is_model(base) or get_arch_name(base) == 'convnn_converted':
+        raise ValueError(
+            f'base={base!r} is no model of timm: give a name that timm.list_models knows, without a source (hf-hub:)')
+    convert = conversion.conversions(convert)
     asked = resolve_pretrained_cfg('convnn_converted', pretrained_cfg, pretrained_cfg_overlay)
     own = pretrained and bool(asked.has_weights or asked.state_dict)
     if own:
@@ -81,3 +87,8 @@ def convnn_converted(
         cache_dir=cache_dir,
         **kwargs,
     )
+
+
+# What timm saves of converted models must find this name, but it is no model to choose from a list: timm.list_models
+# leaves out the names in this table, and nothing else does. Without the table it would only be listed.
+getattr(_registry, '_deprecated_models', {})['convnn_converted'] = None
