@@ -76,6 +76,7 @@ def convert(
     outputs can be divided between the branches; a depthwise one never can, use 'convnn' for it. What cannot be replaced
     stays, and the report says why. So do convolutions that share a parameter with another module, and those that
     reparameterisation will fold into others: `model = timm.utils.reparameterize_model(model)` first, then convert.
+    (timm cannot rebuild a reparameterised model by its name: keep the code that made it, and load its weights there.)
 
     Args:
         model: Any network; a timm model stays one in all respects.
