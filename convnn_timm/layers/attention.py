@@ -4,11 +4,10 @@ from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from convnn_timm.ops import knn, neighbor_conv
-from convnn_timm.ops._common import no_autocast
 from .base import NeighborLayer, check_number, map_to_tokens, with_own_first
+from .projection import Projection1d, Projection2d
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
 
@@ -72,8 +71,9 @@ class _ConvNNAttention(NeighborLayer):
         check_number('attention_dropout', attention_dropout, 0, 1)
         conv = nn.Conv2d if self.axes == 2 else nn.Conv1d
         C, O = self.token_channels, self.token_out_channels
-        self.w_q = conv(C, C, 1, bias=False, **dd)
-        self.w_k = conv(C, C, 1, bias=False, **dd)
+        projection = Projection2d if self.axes == 2 else Projection1d
+        self.w_q = projection(C, C, 1, bias=False, **dd)
+        self.w_k = projection(C, C, 1, bias=False, **dd)
         self.w_v = conv(C, C, 1, bias=False, **dd)
         if K == 1:  # itself alone, which no score can change: they learn nothing
             self.w_q.requires_grad_(False)
@@ -122,21 +122,18 @@ class _ConvNNAttention(NeighborLayer):
         lattice, = self.lattices(size)
         positions, own_place = self.candidates(lattice, queries, equal_padding=self.aggregation_type == 'Col')
         key, query = self._project(self.w_k, tokens, queries), self._project(self.w_q, tokens, positions)
+        if key.dtype != query.dtype:  # a module in the place of one may follow autocast
+            wider = torch.promote_types(key.dtype, query.dtype)
+            key, query = key.to(wider), query.to(wider)
         place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
         others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
         score = torch.cat([torch.full_like(others[..., :1], OWN_SCORE[self.magnitude_type]), others], dim=-1)
         return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, M, C) at some positions, projected to be compared: in float32 under autocast too.
-
-        (Not by calling the convolution, which a GPU would by default compute with fewer bits.)
-        """
-        x = tokens.index_select(1, positions)
-        if x.dtype != projection.weight.dtype:  # or torch.export would insist on it
-            x = x.to(projection.weight.dtype)
-        with no_autocast(x):
-            return F.linear(x, projection.weight.flatten(1))
+        """Of tokens (B, T, C) those at positions (M,), projected to be compared. The module sees a map one token wide."""
+        x = tokens.index_select(1, positions).transpose(1, 2)
+        return map_to_tokens(projection(x.unsqueeze(-1) if self.axes == 2 else x))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ('' if self.bias is not None else ', bias=False')

@@ -279,7 +279,7 @@ class _ConvNN(NeighborLayer):
         margin = self.padding - self.dilation * (window // 2)
         for axis in range(2, x.ndim):
             x = x.narrow(axis, margin, x.shape[axis] - 2 * margin)
-        weight = self.weight.reshape(*self.weight.shape[:2], *[window] * self.axes)
+        weight = self.weight.flatten(2).unflatten(2, [window] * self.axes)
         conv = F.conv2d if self.axes == 2 else F.conv1d
         return conv(x, weight, self.bias, self.stride, dilation=self.dilation, groups=self.groups)
 

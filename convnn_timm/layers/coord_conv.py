@@ -29,6 +29,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
     Raises:
         ValueError: Unknown options; in forward a wrong rank or number of channels, or a map not divisible by the scale.
     """
+    axes = 2
 
     def __init__(
             self,
