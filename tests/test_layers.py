@@ -914,6 +914,25 @@ def test_sharded_part_by_part_it_gives_the_same():
         torch.distributed.destroy_process_group()
 
 
+def parametrize(layer):
+    nn.utils.parametrize.register_parametrization(layer, 'weight', Reversed())
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda layer: layer.set_submodule('w_q', LowRank(layer.w_q)), 'its module w_q was replaced, changed or given'),
+    (lambda layer: layer.set_submodule('w_v', nn.Conv2d(3, 3, 1)), 'its module w_v was replaced, changed or given'),
+    (lambda layer: layer.w_o.register_forward_hook(lambda *args: None), 'its module w_o was .* given hooks'),
+    (lambda layer: setattr(layer.attn_drop, 'p', 0.5), 'its module attn_drop was replaced, changed'),
+    (lambda layer: setattr(layer.w_o, 'forward', partial(layer.w_o.forward)), 'its module w_o was .* or given hooks'),
+    (lambda layer: parametrize(layer.pointwise_conv), 'its module pointwise_conv was replaced, changed'),
+    (parametrize, 'cannot be scripted: there is no such class in .* a parametrization is to be removed first')])
+def test_what_was_changed_is_not_scripted_as_it_was(change, message):
+    layer = ConvNNAttention2d(3, 4).eval()
+    change(layer)
+    with pytest.raises(TypeError, match=message):
+        torch.jit.script(layer)
+
+
 # Errors
 
 @pytest.mark.parametrize('value', [-0.1, 1.5, 'half'])

@@ -29,6 +29,7 @@ class ScriptedWhole(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script calls this."""
         self.spec = layer_spec(self)
+        check_unchanged(self, self.spec)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,9 +59,28 @@ def layer_spec(layer: nn.Module) -> str:
         raise TypeError(
             f'{kind.__name__} cannot be scripted: it must keep its constructor\'s arguments as attributes of the same '
             f'names ({", ".join(missing)}), or have the constructor of the layer that it derives from')
+    if getattr(importlib.import_module(kind.__module__), kind.__name__, None) is not kind:
+        raise TypeError(
+            f'{kind.__name__} cannot be scripted: there is no such class in {kind.__module__} to import where it runs. '
+            f'Define it there; a parametrization is to be removed first (torch.nn.utils.parametrize)')
     arguments = {name: getattr(layer, name) for name in sorted(names)}
     arguments['bias'] = layer.bias is not None
     return json.dumps([kind.__module__, kind.__name__, arguments], default=lambda number: number.item())  # numpy's
+
+
+def check_unchanged(layer: nn.Module, spec: str) -> None:
+    """Refuse a layer that is not as its constructor made it, weights aside: the operator would run it as that."""
+    made = dict(_build(spec, layer.training).named_modules())
+    for name, module in layer.named_modules():
+        twin = made.get(name)
+        hooked = 'forward' in vars(module)  # as Accelerate does
+        if name:  # TorchScript itself calls the hooks of the layer
+            hooked = hooked or module._forward_hooks or module._forward_pre_hooks
+        if type(module) is not type(twin) or module.extra_repr() != twin.extra_repr() or hooked:
+            which = f'its module {name}' if name else 'it'
+            raise TypeError(
+                f'{type(layer).__name__} cannot be scripted: {which} was replaced, changed or given hooks, which '
+                f'TorchScript would leave out. Merge or remove these first, or use torch.export')
 
 
 class _Layers(threading.local):
