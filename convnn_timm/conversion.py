@@ -434,10 +434,10 @@ class Aligned(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):
                 return record_call(self, x)
-        top, bottom, first_row, rows = self.align(x.shape[2], 0)
-        left, right, first_column, columns = self.align(x.shape[3], 1)
+        top, bottom, first_row, rows = self.align(x.shape[-2], 0)
+        left, right, first_column, columns = self.align(x.shape[-1], 1)
         x = self.layer(F.pad(x, (left, right, top, bottom)))
-        return x[:, :, first_row:first_row + rows, first_column:first_column + columns]
+        return x[..., first_row:first_row + rows, first_column:first_column + columns]
 
     def align(self, size: int, axis: int) -> Tuple[int, int, int, int]:
         """Zeros in front and behind, the first output to keep, and how many, of an axis."""

@@ -132,6 +132,7 @@ def test_layers_that_choose_by_similarity_keep_the_size_of_every_map(conv):
         for size in (16, 16), (13, 18):
             x = torch.randn(1, 6, *size)
             assert converted(x).shape == conv(x).shape
+            assert converted(x[0]).shape == conv(x).shape[1:]
 
 
 def test_outputs_of_groups_return_to_their_places():

@@ -3,6 +3,7 @@ import copy
 import inspect
 import itertools
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from unittest.mock import Mock
@@ -548,6 +549,10 @@ def test_pixel_shuffle_1d_is_undone():
     x = image(2, 6, 12)
     assert PixelUnshuffle1d(3)(x).shape == (2, 18, 4)
     assert torch.equal(PixelShuffle1d(3)(PixelUnshuffle1d(3)(x)), x)
+    for layer in PixelShuffle1d(3), PixelUnshuffle1d(3):
+        assert torch.equal(layer(x[0]), layer(x)[0]) and torch.equal(torch.jit.script(layer)(x[0]), layer(x)[0])
+        with pytest.raises(ValueError, match=r'expected an input \(B, C, T\) or \(C, T\), got \(12,\)'):
+            layer(x[0, 0])
     with pytest.raises(ValueError, match='12 tokens are not divisible by the downscale factor 5'):
         PixelUnshuffle1d(5)(x)
     with pytest.raises(ValueError, match='6 channels are not divisible by the upscale factor 4'):
@@ -933,6 +938,34 @@ def test_what_was_changed_is_not_scripted_as_it_was(change, message):
         torch.jit.script(layer)
 
 
+# Without a batch, as torch's convolutions
+
+@pytest.mark.parametrize('layer_type, args', [
+    *[(layer_type, dict()) for layer_type in LAYERS_1D + LAYERS_2D + [CoordConv2d]],
+    *[(layer_type, dict(shuffle_pattern='BA', shuffle_scale=2)) for layer_type in (ConvNN1d, Branching2d, CoordConv2d)],
+    *[(layer_type, dict(branch_norm=True)) for layer_type in (Branching1d, BranchingAttention2d)],
+    *[(Branching2d, dict(branch_ratio=ratio, stride=2)) for ratio in (0., 1.)],
+    (ConvNN2d, LOC), (ConvNN2d, dict(K=1)), (ConvNN2d, dict(sampling_type='random', num_samples=9))], ids=str)
+def test_a_single_map_is_a_batch_of_one(layer_type, args):
+    layer = layer_type(3, 4, dtype=torch.float64, **args).eval()
+    x = example(layer, (16,) * layer.axes)[0]
+    y = layer(x)
+    assert torch.equal(y, layer(x.unsqueeze(0)).squeeze(0)) and torch.equal(torch.jit.script(layer)(x), y)
+    if layer_type is not CoordConv2d and getattr(layer, 'branch1', layer) is not None:
+        assert torch.equal(layer.neighbors(x), layer.neighbors(x.unsqueeze(0)).squeeze(0))
+    if 'branch_norm' not in args:
+        torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), y)
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN1d, BranchingAttention2d])
+def test_a_single_map_compiles(layer_type):
+    torch._dynamo.reset()
+    layer = layer_type(3, 4).eval()
+    x = example(layer)[0].float()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend='aot_eager')(x), layer(x))
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 # Errors
 
 @pytest.mark.parametrize('value', [-0.1, 1.5, 'half'])
@@ -1024,10 +1057,14 @@ def test_a_share_of_less_than_one_channel_is_warned_of():
 @pytest.mark.parametrize('layer_type', LAYERS_2D + [CoordConv2d])
 def test_forward_refuses(layer_type):
     layer = layer_type(3, 4)
-    with pytest.raises(ValueError, match=r'expected an input \(B, C, H, W\) of 4 dimensions, got \(3, 8, 8\)'):
-        layer(torch.ones(3, 8, 8))
-    with pytest.raises(ValueError, match=r'expected 3 input channels, got 5 in \(1, 5, 8, 8\)'):
-        layer(torch.ones(1, 5, 8, 8))
+    for shape in (8, 8), (1, 1, 3, 8, 8):
+        with pytest.raises(ValueError, match=re.escape(f'expected an input (B, C, H, W) or (C, H, W), got {shape}')):
+            layer(torch.ones(shape))
+    for shape in (1, 5, 8, 8), (5, 8, 8):
+        with pytest.raises(ValueError, match=re.escape(f'expected 3 input channels, got 5 in {shape}')):
+            layer(torch.ones(shape))
+    with pytest.raises(RuntimeError, match='dtype|type'):  # torch's own
+        layer(torch.ones(1, 3, 8, 8, dtype=torch.float64))
     for size in (7, 8), (8, 7):
         with pytest.raises(ValueError, match=rf'map \({size[0]}, {size[1]}\) is not divisible by the shuffle scale 2'):
             layer_type(3, 4, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, *size))

@@ -39,7 +39,7 @@ class _ConvNNAttention(NeighborLayer):
         attention_dropout: Dropout of the attention weights in training.
         bias: Learn a bias in the depthwise and the 1x1 convolution.
 
-    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle.
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle. B may be left out.
 
     Raises:
         ValueError: As `ConvNN2d` does.
@@ -108,9 +108,7 @@ class _ConvNNAttention(NeighborLayer):
             self.weight, self.bias, self.w_q.weight, self.w_k.weight, self.w_v.weight, self.pointwise_conv.weight,
             self.pointwise_conv.bias, self.w_o.weight]
 
-    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
-        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
-        x, size = self.enter(x)
+    def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         return self._attend(self.aggregated(self.pad(x)), size)[0]
 
     def _attend(self, x: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +129,7 @@ class _ConvNNAttention(NeighborLayer):
         return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Of tokens (B, T, C) those at positions (M,), projected to be compared. The module sees a map one token wide."""
+        """Tokens (B, M, C) at positions (M,), projected to be compared. The module is given them as a map one token wide."""
         x = tokens.index_select(1, positions).transpose(1, 2)
         return map_to_tokens(projection(x.unsqueeze(-1) if self.axes == 2 else x))
 

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 
 from convnn_timm.ops.knn import METRICS
 from .coordinates import append_coordinates
+from .inputs import on_batch
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, ceil_div, inner_positions, lattices
 from .script import ScriptedWhole
 
 __all__ = [
-    'NeighborLayer', 'check_choice', 'check_groups', 'check_input', 'check_integer', 'check_number', 'map_to_tokens',
+    'NeighborLayer', 'check_choice', 'check_groups', 'check_integer', 'check_number', 'map_to_tokens',
     'with_own_first', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
 ]
 
@@ -53,21 +54,12 @@ def check_groups(groups: int, channels: int, out_channels: int, coordinates: int
             f'{out_channels} output channels')
 
 
-def check_input(x: torch.Tensor, axes: int, channels: int) -> None:
-    if x.ndim != axes + 2:
-        shape = {1: '(B, C, T)', 2: '(B, C, H, W)'}[axes]
-        raise ValueError(f'expected an input {shape} of {axes + 2} dimensions, got {tuple(x.shape)}')
-    if x.shape[1] != channels:
-        raise ValueError(f'expected {channels} input channels, got {x.shape[1]} in {tuple(x.shape)}')
-
-
 class NeighborLayer(ScriptedWhole):
     """Arguments, checks and token bookkeeping of a layer that selects neighbours.
 
-    Forward is `enter` (check, unshuffle), `pad`, select, aggregate, `to_map`, `leave_map` (shuffle). Tokens are the
+    Forward is `enter` (unshuffle, check), `pad`, select, aggregate, `to_map`, `leave_map` (shuffle). Tokens are the
     positions of the padded map in raster order; every index speaks of them.
     """
-    axes: int  # of the map: 1 or 2
 
     def __init__(
             self,
@@ -127,8 +119,7 @@ class NeighborLayer(ScriptedWhole):
         self.token_out_channels = out_channels * (squared if shuffle_pattern in ('A', 'BA') else 1)
 
     def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, ...]]:
-        """Check and unshuffle x; return the map and its size."""
-        check_input(x, self.axes, self.in_channels)
+        """Unshuffle a batch and check that it has enough tokens; return the maps and their size."""
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         size = tuple(x.shape[2:])
@@ -141,6 +132,17 @@ class NeighborLayer(ScriptedWhole):
                 f'K={self.K} neighbours need as many tokens, but a map of {" x ".join(map(str, size))} with '
                 f'padding={self.padding} has {tokens}{steps}: use a larger input or a smaller {smaller}')
         return x, size
+
+    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
+        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map.
+
+        They are (Q, K) of a map without a batch.
+        """
+        return on_batch(lambda x: self._select(*self.enter(x)), x, self.axes, self.in_channels)
+
+    def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """Neighbours (B, Q, K) of the kept positions of maps x."""
+        raise NotImplementedError
 
     def lattices(self, size: Tuple[int, ...]) -> List[Lattice]:
         """The parts of the padded map that choose neighbours among themselves: one, the whole, without dilation."""

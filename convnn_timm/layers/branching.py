@@ -6,8 +6,9 @@ import torch
 import torch.nn as nn
 
 from .attention import ConvNNAttention1d, ConvNNAttention2d
-from .base import NeighborLayer, check_choice, check_input, check_integer, check_number
+from .base import NeighborLayer, check_choice, check_integer, check_number
 from .convnn import ConvNN1d, ConvNN2d
+from .inputs import check_input
 
 POINTWISE_INITS = ('random', 'identity', 'zero')
 
@@ -100,8 +101,13 @@ class _Hybrid(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if not isinstance(x, torch.fx.Proxy):  # which torch.fx records with, and has no shape yet
-                check_input(x, self.axes, self.in_channels)
+            if isinstance(x, torch.fx.Proxy):  # which torch.fx records with, and has no shape yet
+                return self.compute(x)
+            check_input(x, self.axes, self.in_channels)
+        return self.compute(x) if x.dim() == self.axes + 2 else self.compute(x.unsqueeze(0)).squeeze(0)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of a batch."""
         if self.branch1 is None:
             x = self.branch2(x)
         elif self.branch2 is None:
@@ -113,7 +119,7 @@ class _Hybrid(nn.Module):
                     raise ValueError(
                         f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
                         f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
-            x = torch.cat([x1, x2], dim=1)
+            x = torch.cat([x1, x2], dim=-1 - self.axes)  # as torch.fx records it, it takes a single map too
         if self.branch_norm is not None:
             x = self.branch_norm(x)
         return x if self.pointwise_conv is None else self.pointwise_conv(x)

@@ -55,7 +55,7 @@ class _ConvNN(NeighborLayer):
             that the layer starts as a 1x1 convolution and learns to use its neighbours.
         bias: Learn a bias.
 
-    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle.
+    Shapes: (B, in_channels, *size) -> (B, out_channels, *ceil(size / stride)), without a shuffle. B may be left out.
 
     Raises:
         ValueError: At construction for invalid arguments; in forward for a wrong rank or number of channels, a map not
@@ -158,13 +158,7 @@ class _ConvNN(NeighborLayer):
         y = neighbor_conv(self._tokens_at(positions, x, size), place, others.flatten(2), groups=self.groups)
         return self._pointwise(x, size, own) + self.to_map(y, size)
 
-    def neighbors(self, x: torch.Tensor) -> torch.Tensor:
-        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map."""
-        x, size = self.enter(x)
-        return self._select(x, size)
-
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Neighbours (B, Q, K) of the kept positions of the map x."""
         if self.similarity_type == 'Loc':
             return self._select_by_location(size, x.device).expand(x.shape[0], -1, -1)
         return self._own_and_search(self._to_compare(x), size)

@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-from .base import AGGREGATION_TYPES, check_choice, check_groups, check_input, check_integer
+from .base import AGGREGATION_TYPES, check_choice, check_groups, check_integer
 from .coordinates import append_coordinates
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
 from .script import ScriptedWhole
@@ -66,7 +66,6 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        check_input(x, 2, self.in_channels)
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         if self.aggregation_type == 'Loc_Col':

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .inputs import check_rank
+
 __all__ = ['PixelShuffle1d', 'PixelUnshuffle1d', 'SHUFFLE_PATTERNS', 'shuffle', 'unshuffle']
 
 # Which ends of a layer shuffle: none, before (input unshuffled), after (output shuffled), both.
@@ -13,7 +15,7 @@ SHUFFLE_PATTERNS = ('NA', 'B', 'A', 'BA')
 
 
 class PixelShuffle1d(nn.Module):
-    """Join every `upscale_factor` channels end to end: (B, C, T) -> (B, C / factor, T * factor).
+    """Join every `upscale_factor` channels end to end: (B, C, T) -> (B, C / factor, T * factor). B may be left out.
 
     Raises ValueError in forward when C is not divisible by the factor.
     """
@@ -23,17 +25,19 @@ class PixelShuffle1d(nn.Module):
         self.upscale_factor = upscale_factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, T = x.shape
+        if not torch.jit.is_scripting():
+            check_rank(x, 1)
+        C = x.shape[-2]
         if C % self.upscale_factor:
             raise ValueError(f'{C} channels are not divisible by the upscale factor {self.upscale_factor}')
-        return x.reshape(B, C // self.upscale_factor, T * self.upscale_factor)
+        return x.unflatten(-2, [C // self.upscale_factor, self.upscale_factor]).flatten(-2)
 
     def extra_repr(self) -> str:
         return f'upscale_factor={self.upscale_factor}'
 
 
 class PixelUnshuffle1d(nn.Module):
-    """Cut every channel into `downscale_factor` channels: (B, C, T) -> (B, C * factor, T / factor).
+    """Cut every channel into `downscale_factor` channels: (B, C, T) -> (B, C * factor, T / factor). B may be left out.
 
     Raises ValueError in forward when T is not divisible by the factor.
     """
@@ -43,10 +47,12 @@ class PixelUnshuffle1d(nn.Module):
         self.downscale_factor = downscale_factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, T = x.shape
+        if not torch.jit.is_scripting():
+            check_rank(x, 1)
+        T = x.shape[-1]
         if T % self.downscale_factor:
             raise ValueError(f'{T} tokens are not divisible by the downscale factor {self.downscale_factor}')
-        return x.reshape(B, C * self.downscale_factor, T // self.downscale_factor)
+        return x.unflatten(-1, [self.downscale_factor, T // self.downscale_factor]).flatten(-3, -2)
 
     def extra_repr(self) -> str:
         return f'downscale_factor={self.downscale_factor}'

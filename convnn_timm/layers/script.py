@@ -12,6 +12,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 
+from .inputs import on_batch
+
 __all__ = ['ScriptedWhole', 'record_call']
 
 _library = torch.library.Library('convnn_timm', 'FRAGMENT')
@@ -19,11 +21,12 @@ _library.define('layer(Tensor x, Tensor?[] tensors, str spec, bool training) -> 
 
 
 class ScriptedWhole(nn.Module):
-    """Base of layers whose `compute` is opaque to TorchScript.
+    """Base of layers whose `compute` of a batch is opaque to TorchScript.
 
     A subclass keeps its constructor's arguments as attributes of the same names, and lists its parameters in `tensors`,
     in the order of `named_parameters`.
     """
+    axes: int  # of the map: 1 or 2
     spec: str
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -35,8 +38,10 @@ class ScriptedWhole(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return torch.ops.convnn_timm.layer(x, self.tensors(), self.spec, self.training)
+        elif isinstance(x, torch.fx.Proxy):
+            return record_call(self, x)
         else:
-            return record_call(self, x) if isinstance(x, torch.fx.Proxy) else self.compute(x)
+            return on_batch(self.compute, x, self.axes, self.in_channels)
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
