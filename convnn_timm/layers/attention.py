@@ -129,7 +129,7 @@ class _ConvNNAttention(NeighborLayer):
         return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, M, C) at positions (M,), projected to be compared. The module is given them as a map one token wide."""
+        """Tokens (B, M, C) at positions (M,), projected to be compared. The module sees a map one token wide."""
         x = tokens.index_select(1, positions).transpose(1, 2)
         return map_to_tokens(projection(x.unsqueeze(-1) if self.axes == 2 else x))
 
