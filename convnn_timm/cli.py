@@ -4,22 +4,41 @@ A command imports what it needs when it runs, so `convnn-timm --help` answers at
 `UserError` and becomes one line; a traceback means a bug.
 """
 import argparse
+import csv
+import difflib
+import fnmatch
 import importlib
+import io
+import itertools
+import json
 import os
 import sys
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Callable, Iterator, List, NoReturn, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 from . import __version__
 from .errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+    import torch
     from torch import nn
 
 __all__ = ['main']
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+Answer = Tuple[Path, List[Tuple[str, float]]]  # an image, and its most probable classes with their probabilities
+GROUPS = {  # of the commands in the help
+    'first steps': ('quickstart', 'list', 'info'),
+    'use a network': ('predict', 'neighbors', 'stats', 'export-onnx'),
+    'train': ('train', 'run'),
+    'publish weights': ('export', 'push', 'verify', 'pull'),
+}
+PATIENCE = 2.  # seconds of silence
+BATCH = 16  # images that `predict` classifies at a time
 
 
 class CommandError(UserError):
@@ -32,6 +51,7 @@ class CommandError(UserError):
 
 class Parser(argparse.ArgumentParser):
     """argparse with examples in their own layout, and errors without the usage text in front."""
+    commands: Dict[str, 'Parser'] = {}
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -47,21 +67,29 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: The words after `convnn-timm`, those of this process by default.
 
     Returns:
-        The exit status: 0, 1 for a failure, 2 for a wrong call.
+        The exit status: 0, 1 for a failure, 2 for a wrong call, 130 if interrupted.
     """
     argv = (sys.argv[1:] if argv is None else list(argv)) or ['--help']
     try:
         if argv[:1] == ['train']:
             return train(argv[1:])
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        if not argv[0].startswith('-') and argv[0] not in parser.commands:
+            raise CommandError(unknown_command(argv[0], parser.commands), code=2)
+        args = parser.parse_args(argv)
         if args.command is not run:
+            if isinstance(sys.stdout, io.TextIOWrapper):  # print what the terminal cannot show as \x.., not fail
+                sys.stdout.reconfigure(errors='backslashreplace')
+            if args.command is not quickstart:  # which reports its steps itself
+                with announced('loading PyTorch'):
+                    importlib.import_module('timm')
             return args.command(args) or 0
     except UserError as error:
-        report(str(error))
+        report(str(error), error.code)
         return error.code
     except KeyboardInterrupt:
-        report('interrupted')
-        return 130
+        report('interrupted', INTERRUPTED)
+        return INTERRUPTED
     except BrokenPipeError:  # `convnn-timm list | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -70,27 +98,61 @@ def main(argv: Optional[List[str]] = None) -> int:
             raise
         report(f'{error.filename}: {error.strerror}' if error.filename else error.strerror)
         return 1
-    return run(args) or 0  # the script's errors are its own
+    try:
+        return run(args) or 0  # the script's errors are its own
+    except KeyboardInterrupt:
+        report('interrupted', INTERRUPTED)
+        return INTERRUPTED
 
 
-def report(message: str) -> None:
+def unknown_command(name: str, commands: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, commands)
+    hint = f'did you mean {" or ".join(close)}?' if close else 'there are ' + ', '.join(commands)
+    return f'unknown command {name!r}; {hint} (see convnn-timm --help)'
+
+
+def report(message: str, code: int = 1) -> None:
     sys.stdout.flush()  # what was said before comes first, also where both streams go to one file
-    print(f'convnn-timm: error: {message}', file=sys.stderr)
+    print(f'convnn-timm: {"" if code == INTERRUPTED else "error: "}{printable(message)}', file=sys.stderr)
+
+
+def note(message: str) -> None:
+    print(f'convnn-timm: note: {printable(message)}', file=sys.stderr)
+
+
+@contextmanager
+def announced(work: str) -> Iterator[None]:
+    """Say on stderr what takes so long, once it has taken `PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, print, [f'convnn-timm: {printable(work)} ...'], dict(file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def printable(text: str, keep: str = '\n') -> str:
+    """Escape what would control a terminal instead of being shown on it, and bytes that are no UTF-8."""
+    return ''.join(c if c.isprintable() or c in keep else c.encode('unicode_escape').decode() for c in text)
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog='convnn-timm',
-        description='Convolution over nearest neighbours (ConvNN) for timm: train, predict, look around.',
+        usage='convnn-timm COMMAND ...',
+        description='Convolution over nearest neighbours (ConvNN) for timm.',
         epilog='New here? Run `convnn-timm quickstart`. Each command explains itself: `convnn-timm predict --help`.',
     )
     parser.add_argument('--version', action='version', version=f'convnn-timm {__version__}')
-    commands = parser.add_subparsers(metavar='COMMAND', required=True)
+    commands = parser.add_subparsers(prog=parser.prog, metavar='COMMAND', required=True, help=argparse.SUPPRESS)
+    parser.commands = commands.choices
+    summaries = {}
 
     def add(name: str, command: Callable, summary: str, examples: str) -> Parser:
+        summaries[name] = summary
         sub = commands.add_parser(
             name,
-            help=summary,
             description=summary[0].upper() + summary[1:] + '.',
             epilog='examples:\n' + '\n'.join(f'  convnn-timm {line}' for line in examples.splitlines()),
         )
@@ -98,38 +160,46 @@ def build_parser() -> Parser:
         return sub
 
     sub = add(
-        'quickstart', quickstart, 'train on real handwritten digits, on the CPU, in minutes, and look at the result',
+        'quickstart', quickstart, 'train on handwritten digits, on the CPU, in minutes, and look at the result',
         'quickstart\nquickstart --output /tmp/digits')
-    sub.add_argument('--output', default='convnn-quickstart', metavar='DIR', help='folder to make (%(default)s)')
+    sub.add_argument(
+        '--output', default='convnn-quickstart', metavar='DIR', help='folder to make (default: %(default)s)')
 
     sub = add(
-        'list', list_models, 'list the models: parameters, multiply-accumulates for one image, weights to download',
-        "list\nlist 'resnet*'\nlist '*_convnn_branching'")
-    sub.add_argument('pattern', nargs='?', default='*', help='only the names that match, with * and ?')
+        'list', list_models, 'list the models, with their parameters, multiply-accumulates and weights',
+        "list\nlist branching\nlist 'resnet*_convnn'\nlist resnet18_convnn_branching.cifar10")
+    sub.add_argument(
+        'pattern', nargs='?', default='*', metavar='NAME',
+        help='part of a name, or a whole one with * and ?; with a tag (`NAME.TAG`) one of the weights')
 
     sub = add(
         'predict', predict, 'classify images: the most probable classes of each',
         'predict cat.jpg --model local-dir:output/my-run/model\n'
         'predict photos/ more.png --model resnet18_convnn_branching --checkpoint last.pth.tar --topk 3\n'
-        'predict cat.jpg --model hf-hub:someone/resnet18_convnn_branching.cifar10')
+        'predict photos/ --model hf-hub:someone/resnet18_convnn_branching.cifar10 --format csv > classes.csv')
     sub.add_argument('images', nargs='+', metavar='IMAGE', help='image file, or folder to search for images')
     sub.add_argument(
         '--model', required=True, metavar='NAME',
         help='model with weights: `local-dir:FOLDER` (the model/ folder of a run), `hf-hub:OWNER/NAME`, a timm name')
     sub.add_argument(
         '--checkpoint', metavar='FILE',
-        help='weights for NAME, on images as NAME usually sees them; the model/ folder of a run knows its own')
-    sub.add_argument('--topk', type=int, default=5, metavar='K', help='classes to show for each image (%(default)s)')
+        help='weights for NAME, on images as NAME usually sees them; the names of the classes are those of its run')
+    sub.add_argument(
+        '--topk', type=int, metavar='K', help='classes for each image (default: 5, in a table of many images 1)')
+    sub.add_argument(
+        '--format', choices=('table', 'csv', 'json'), default='table',
+        help='to read, or for programs: with a row or an entry for each class of each image (default: %(default)s)')
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
     sub = add(
-        'export', export, 'make the folder of a published weight, with its model card, from a run folder',
+        'export', export, 'make the folder of a weight to publish, with its model card, from a run folder',
         'export output/my-run --tag cifar10\n'
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
     sub.add_argument(
         '--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
-    sub.add_argument('--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (%(default)s)')
+    sub.add_argument(
+        '--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (default: %(default)s)')
     sub.add_argument(
         '--twin', type=Path, metavar='RUN',
         help='run of the convolution that the card compares it with, or the folder of its published weight')
@@ -142,7 +212,7 @@ def build_parser() -> Parser:
     sub.add_argument('--force', action='store_true', help='replace a folder that is there and its line in the manifest')
 
     sub = add(
-        'push', push, 'bring published weights to the Hugging Face Hub, and check what arrived',
+        'push', push, 'bring weights to the Hugging Face Hub, and check what arrived',
         'push model_cards/resnet18_convnn_branching.cifar10\n'
         'push --all --namespace me --private\n'
         'push model_cards/resnet18_convnn_branching.cifar10 --revision v1')
@@ -150,20 +220,20 @@ def build_parser() -> Parser:
     sub.add_argument('--all', action='store_true', help='all folders in model_cards')
     sub.add_argument('--namespace', metavar='NAME', help='user or organization (default: that of the project)')
     sub.add_argument('--private', action='store_true', help='into a private repository')
-    sub.add_argument('--revision', metavar='BRANCH', help='branch, made if it is not there (main)')
+    sub.add_argument('--revision', metavar='BRANCH', help='branch, made if it is not there (default: main)')
 
     sub = add(
-        'verify', verify, 'check weights: their hash, the names of the tensors, and logits that they must give',
+        'verify', verify, 'check weights: hash, names of the tensors, and logits that they must give',
         'verify resnet18_convnn_branching.cifar10\nverify model_cards/*/\nverify someone/resnet18_convnn.cifar10@v1')
     sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, folder, or repository on the Hub')
 
     sub = add(
-        'pull', pull, 'download weights, or replace damaged ones, so that they load without network',
+        'pull', pull, 'download weights, or replace damaged ones; they then load without network',
         'pull resnet18_convnn_branching.cifar10\npull someone/resnet18_convnn.cifar10@v1')
     sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, or repository on the Hub')
 
     sub = add(
-        'neighbors', neighbors, 'draw which neighbours the layers of a network choose, on an image',
+        'neighbors', neighbors, 'draw which neighbours the layers choose on an image',
         'neighbors cat.jpg --model local-dir:output/my-run/model --point 200,150 -o neighbors.png\n'
         'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --layer layer2.0.conv1 --point 200,150 -o 2.png\n'
         'neighbors cat.jpg --model resnet18_convnn_branching.cifar10 --all-layers -o sheet.png')
@@ -180,20 +250,21 @@ def build_parser() -> Parser:
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
     sub = add(
-        'stats', stats, 'measure where the layers of a network look, between convolution and attention',
+        'stats', stats, 'measure where the layers look, between convolution and attention',
         'stats data/validation --model local-dir:output/my-run/model\n'
         'stats photos/ --model resnet34_convnn_branching -o untrained --limit 64')
     sub.add_argument('images', type=Path, metavar='IMAGE_FOLDER', help='folder to search for images')
     sub.add_argument('--model', required=True, metavar='NAME', help='as for `predict`, or a model without weights')
     sub.add_argument(
         '-o', '--output', type=Path, default='neighbor-stats', metavar='DIR',
-        help='folder for stats.csv and stats.png (%(default)s)')
-    sub.add_argument('--limit', type=int, default=256, metavar='N', help='take N of the images, evenly (%(default)s)')
+        help='folder for stats.csv and stats.png (default: %(default)s)')
+    sub.add_argument(
+        '--limit', type=int, default=256, metavar='N', help='take N of the images, evenly (default: %(default)s)')
     sub.add_argument('--force', action='store_true', help='replace files that are there')
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
     sub = add(
-        'export-onnx', export_onnx, 'write a network as an ONNX file, and compare it with PyTorch on photographs',
+        'export-onnx', export_onnx, 'write an ONNX file, and compare it with PyTorch on photographs',
         'export-onnx local-dir:output/my-run/model -o model.onnx\n'
         'export-onnx resnet18_convnn_branching.cifar10 -o model.onnx --dynamic-batch --check cat.jpg dog.jpg\n'
         'export-onnx resnet50_convnn_branching_224 -o model.onnx --img-size 192 --batch 8')
@@ -201,35 +272,42 @@ def build_parser() -> Parser:
     sub.add_argument('-o', '--output', required=True, type=Path, metavar='OUT.onnx', help='file to make')
     sub.add_argument('--img-size', type=int, metavar='N', help="side of the images (default: the model's)")
     batch = sub.add_mutually_exclusive_group()
-    batch.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (%(default)s)')
+    batch.add_argument('--batch', type=int, default=1, metavar='N', help='images at a time (default: %(default)s)')
     batch.add_argument('--dynamic-batch', action='store_true', help='any number of images at a time')
-    sub.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators (20)")
+    sub.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators (default: 20)")
     sub.add_argument(
         '--check', nargs='+', metavar='IMAGE',
         help='images to compare on, with onnxruntime (default: two photographs that come with scikit-learn)')
     sub.add_argument('--force', action='store_true', help='replace a file that is there')
 
     # Listed for the help only: `train` has a parser of its own.
-    commands.add_parser('train', add_help=False, help="train a model, with arguments and recipes as of timm's train.py")
+    summaries['train'] = "train a model, with the arguments and recipes of timm's train.py"
+    commands.add_parser('train', add_help=False)
 
     sub = add(
-        'run', run, "run a script, such as one of timm's, that then finds the models by name",
+        'run', run, "run a script, such as timm's validate.py, that then finds the models by name",
         'run validate.py --model resnet18_convnn --checkpoint last.pth.tar --data-dir data --device cpu\n'
         'run train.py --model resnet18_convnn_branching --data-dir data')
     sub.add_argument('script', metavar='SCRIPT', help='Python file')
     sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments').required = False
 
     add('info', info, 'show versions, devices, and which implementation of each operator runs here and why', 'info')
+
+    for title, names in GROUPS.items():
+        parser.description += '\n'.join([f'\n\n{title}:', *(f'  {name:<13}{summaries.pop(name)}' for name in names)])
+    assert not summaries, f'in no group: {summaries}'
     return parser
 
 
 def train(argv: List[str]) -> int:
-    from convnn_timm.train import main
+    with announced('loading PyTorch'):
+        from convnn_timm.train import main
     try:
         main(argv)
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            raise CommandError(stop.code.removeprefix('error: ')) from stop
+            interrupted = isinstance(stop.__context__, KeyboardInterrupt)
+            raise CommandError(stop.code.removeprefix('error: '), INTERRUPTED if interrupted else 1) from stop
         raise
     return 0
 
@@ -244,18 +322,29 @@ def list_models(args: argparse.Namespace) -> None:
     from convnn_timm import models
     from convnn_timm.macs import count_macs, count_parameters
 
-    names = timm.list_models(args.pattern)
-    ours = [
-        name for name in names
-        if timm.model_entrypoint(name).__module__.startswith(models.__name__) and name != 'convnn_converted']
-    if not ours:
-        raise CommandError(f'no model matches {args.pattern!r}; `convnn-timm list` shows them all')
+    pattern = args.pattern if set(args.pattern) & set('*?[') else f'*{args.pattern}*'
+    rows = {}  # name of the model: of its weights
+    for name in timm.list_models():
+        if timm.model_entrypoint(name).__module__.startswith(models.__name__) and name != 'convnn_converted':
+            rows[name] = timm.list_pretrained(f'{name}.*')
+    tagged = '.' in pattern
+    found = {
+        name: matching(weights, pattern) if tagged else weights for name, weights in rows.items()
+        if matching(weights if tagged else [name], pattern)}
+    if not found:
+        close = difflib.get_close_matches(args.pattern, [*rows, *itertools.chain(*rows.values())])
+        hint = f'did you mean {" or ".join(close)}?' if close else '`convnn-timm list` shows them all'
+        raise CommandError(f'no model matches {args.pattern!r}; {hint}')
     print(f'{"model":<32} {"parameters":>12} {"MACs":>9}  weights')
-    for name in ours:
+    for name, weights in found.items():
         model = timm.create_model(name, device='meta')  # shapes without memory
         macs = count_macs(model, model.pretrained_cfg['input_size'])
-        weights = ', '.join(timm.list_pretrained(f'{name}.*')) or '-'
-        print(f'{name:<32} {count_parameters(model):>12,} {macs / 1e9:>7.3f} G  {weights}', flush=True)
+        shown = ', '.join(weights) or '-'
+        print(f'{name:<32} {count_parameters(model):>12,} {macs / 1e9:>7.3f} G  {shown}', flush=True)
+
+
+def matching(names: Iterable[str], pattern: str) -> List[str]:
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def info(args: argparse.Namespace) -> None:
@@ -342,32 +431,84 @@ def run(args: argparse.Namespace) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    import torch
     from convnn_timm.images import ImageError, preprocessing, read_image
 
-    if args.topk < 1:
+    if args.topk is not None and args.topk < 1:
         raise CommandError(f'--topk must be 1 or more, got {args.topk}', code=2)
     device = find_device(args.device)
     model = load_model(args.model, args.checkpoint).eval().to(device)
     if not model.num_classes:
         raise CommandError(f'{args.model} has no classes to name')
     name_of = class_names(model)
+    if name_of is str:
+        note('the names of the classes are not known, their numbers stand for them')
     transform, mode, _ = preprocessing(model)
+    paths = list(find_images(args.images))
+    topk = args.topk or (1 if args.format == 'table' and len(paths) > 1 else 5)
 
     status = 0
-    for path in find_images(args.images):
-        try:
-            image = transform(read_image(path, mode))
-        except ImageError as error:
-            report(str(error))
-            status = error.code
-            continue
-        with torch.inference_mode():
-            probabilities = model(image.unsqueeze(0).to(device)).softmax(dim=-1)[0]
-        print(path)
-        for p, index in zip(*probabilities.topk(min(args.topk, len(probabilities)))):
-            print(f'  {100 * p.item():6.2f} %  {name_of(index.item())}')
+
+    def images() -> Iterator[Tuple[Path, 'torch.Tensor']]:
+        nonlocal status
+        for path in paths:
+            try:
+                yield path, transform(read_image(path, mode))
+            except ImageError as error:
+                report(str(error))
+                status = error.code
+
+    def answers() -> Iterator[Answer]:
+        readable, work = images(), 'classifying the first images'
+        while batch := list(itertools.islice(readable, BATCH)):
+            with announced(work) if work else nullcontext():
+                probabilities = classify(model, [pixels for _, pixels in batch], device)
+            for (path, _), row in zip(batch, probabilities):
+                best = row.topk(min(topk, len(row)))
+                yield path, [(str(name_of(i)), p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+            work = ''
+
+    write = dict(table=print_table, csv=print_csv, json=print_json)[args.format]
+    write(answers(), paths)
     return status
+
+
+def classify(model: 'nn.Module', pixels: Sequence['torch.Tensor'], device: 'torch.device') -> 'torch.Tensor':
+    """Probabilities of the classes of some images, (B, classes), on the CPU."""
+    import torch
+    with torch.inference_mode():
+        probabilities = model(torch.stack(pixels).to(device)).softmax(dim=-1).cpu()
+    if not probabilities.isfinite().all():
+        raise CommandError('the network answers with numbers that are not finite: its weights are damaged')
+    return probabilities
+
+
+def print_table(answers: Iterable[Answer], paths: Sequence[Path]) -> None:
+    """Print a block for a single image, a line for each of many."""
+    width = max(len(printable(str(path), '')) for path in paths)
+    for path, classes in answers:
+        shown = [f'{100 * p:6.2f} %  {printable(name, "")}' for name, p in classes]
+        name = printable(str(path), '')
+        print('\n  '.join([name, *shown]) if len(paths) == 1 else '  '.join([f'{name:<{width}}', *shown]), flush=True)
+
+
+def print_csv(answers: Iterable[Answer], paths: Sequence[Path]) -> None:
+    """Print a row for each class of each image. The file names are those of the disk, byte for byte."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding='utf-8', errors='surrogateescape')
+    writer = csv.writer(sys.stdout, lineterminator='\n')
+    writer.writerow(('image', 'rank', 'class', 'probability'))
+    for path, classes in answers:
+        writer.writerows((path, rank, printable(name), f'{p:.6g}') for rank, (name, p) in enumerate(classes, 1))
+        sys.stdout.flush()
+
+
+def print_json(answers: Iterable[Answer], paths: Sequence[Path]) -> None:
+    """Print a list with an entry for each image, in ASCII."""
+    print('[', end='')
+    for i, (path, classes) in enumerate(answers):
+        entry = dict(image=str(path), classes=[dict(name=name, probability=p) for name, p in classes])
+        print(',\n ' if i else '\n ', json.dumps(entry), sep='', end='', flush=True)
+    print('\n]')
 
 
 def neighbors(args: argparse.Namespace) -> None:
@@ -376,6 +517,8 @@ def neighbors(args: argparse.Namespace) -> None:
 
     if not args.output.suffix:  # matplotlib would add one
         raise CommandError(f'{args.output} does not say which kind of picture: try {args.output}.png', code=2)
+    if args.image.is_dir():
+        raise CommandError(f'{args.image} is a folder: name one image in it, or measure all with `stats`', code=2)
     check_outputs([args.output], args.force)
     photo, device = read_image(args.image), find_device(args.device)
     points = args.point or [(photo.width // 2, photo.height // 2)]
@@ -383,8 +526,9 @@ def neighbors(args: argparse.Namespace) -> None:
         model, transform, mode = load_neighbor_model(args.model, device)
         layers = None if args.all_layers else [args.layer or next(iter(neighbor_layers(model)))]
         view = see(photo.convert(mode), transform)
-        captured = capture_neighbors(model, view.pixels.unsqueeze(0), layers)
-        figure = draw_neighbors(view, captured, points)
+        with announced('finding the neighbours'):
+            captured = capture_neighbors(model, view.pixels.unsqueeze(0), layers)
+            figure = draw_neighbors(view, captured, points)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, dpi=110)
     print(args.output)
@@ -415,7 +559,8 @@ def stats(args: argparse.Namespace) -> int:
     if not pixels:
         return status
     with wrong_values():
-        lines = neighbor_stats(model, torch.stack(pixels).split(16))
+        with announced(f'finding the neighbours in {len(pixels)} images'):
+            lines = neighbor_stats(model, torch.stack(pixels).split(16))
         args.output.mkdir(parents=True, exist_ok=True)
         write_csv(lines, table)
         draw_stats(lines).savefig(plot, dpi=110)
@@ -538,7 +683,7 @@ def load_or_draw_model(name: str) -> 'nn.Module':
             weights = config is not None and config.has_weights
     if weights:
         return load_model(name)
-    print(f'convnn-timm: note: {name} has no published weights, its weights here are random', file=sys.stderr)
+    note(f'{name} has no published weights, its weights here are random')
     torch.manual_seed(0)
     return timm.create_model(name)
 
@@ -599,7 +744,8 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
             raise CommandError(f'--checkpoint needs the name of an architecture; {name!r} has its own weights', code=2)
         kwargs = checkpoint_kwargs(name, checkpoint)
     try:
-        return timm.create_model(name, pretrained=True, **kwargs)
+        with announced(f'loading {name}'):
+            return timm.create_model(name, pretrained=True, **kwargs)
     except WeightsError:
         raise
     except Exception as error:
@@ -619,25 +765,49 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
 def checkpoint_kwargs(name: str, checkpoint: str) -> dict:
     """Arguments that make `timm.create_model(name, pretrained=True)` take its weights from a file."""
     import timm
+    import torch
     from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
     if not Path(checkpoint).is_file():
-        raise CommandError(f'checkpoint {checkpoint} not found')
+        found = 'is a folder; name a file in it' if Path(checkpoint).is_dir() else 'not found'
+        raise CommandError(f'checkpoint {checkpoint} {found}')
+    if not Path(checkpoint).stat().st_size:
+        raise CommandError(f'checkpoint {checkpoint} is an empty file')
     try:
         state_dict = timm.models.load_state_dict(checkpoint)
         saved = {} if checkpoint.endswith('.safetensors') else load_checkpoint_metadata(checkpoint)
     except Exception as error:
-        raise CommandError(f'cannot read checkpoint {checkpoint}: {one_line(error)}') from error
+        raise CommandError(
+            f'cannot read checkpoint {checkpoint}: it is damaged, or neither safetensors nor a file of `torch.save` '
+            'with nothing but tensors and plain values') from error
+    if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise CommandError(f'checkpoint {checkpoint} holds no weights: a state dict has names and tensors')
     config = timm.get_pretrained_cfg(name)
-    bias = state_dict.get(f'{config.classifier}.bias')
-    num_classes = config.num_classes if bias is None else len(bias)
+    head = state_dict.get(f'{config.classifier}.weight')
+    num_classes = config.num_classes if head is None else len(head)
     # The class names of the published weights need not be those of this file.
-    overlay = dict(state_dict=state_dict, num_classes=num_classes, label_names=None)
+    names = recorded_classes(Path(checkpoint), name, num_classes)
+    overlay = dict(state_dict=state_dict, num_classes=num_classes, label_names=names)
     # A training's checkpoint knows the arguments of its model, not all of which show in the weights.
     training = getattr(saved.get('args'), '__dict__', {}) if isinstance(saved, dict) else {}
     weights = dict(pretrained_cfg=config.tag) if training.get('pretrained') else {}
     arguments = {**weights, **training.get('model_kwargs', {})}
     return dict(arguments, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+
+
+def recorded_classes(checkpoint: Path, name: str, num_classes: int) -> Optional[List[str]]:
+    """The class names in the folder of a checkpoint, or of its finished run; None if there are none for that model."""
+    for config in checkpoint.parent / 'config.json', checkpoint.parent / 'model' / 'config.json':
+        if not config.is_file():
+            continue
+        try:
+            record = json.loads(config.read_bytes())
+            architecture, names = record['architecture'], record.get('label_names')
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CommandError(f'{config} is damaged, it should say what classes the model tells apart') from error
+        if architecture == name.partition('.')[0] and isinstance(names, list) and len(names) == num_classes:
+            return names
+    return None
 
 
 def class_names(model: 'nn.Module') -> Callable[[int], str]:

@@ -1,9 +1,17 @@
 """The command line, called in process: what it prints, what it returns, what a person sees when something is wrong."""
 import argparse
+import csv
+import io
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +35,12 @@ def model_folder(tmp_path_factory):
     config = dict(label_names=NAMES, pretrained_cfg=dict(input_size=(3, 24, 24), crop_pct=1.0))
     timm.models.save_for_hf(model, folder, model_config=config, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """No word of waiting, however slow the machine is."""
+    monkeypatch.setattr(cli, 'PATIENCE', 600.)
 
 
 @pytest.fixture
@@ -73,6 +87,13 @@ def test_version(capsys):
     assert (stop.value.code, capsys.readouterr().out) == (0, f'convnn-timm {__version__}\n')
 
 
+def test_help_shows_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith('  ')]
+    assert sorted(shown[:-2]) == sorted(cli.build_parser().commands)  # the last two are options
+
+
 @pytest.mark.parametrize('command', [None, '', 'list', 'info', 'run', 'predict', 'quickstart', 'export-onnx'])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
@@ -93,9 +114,56 @@ def test_module_helps_without_torch():
 
 def test_wrong_calls(capsys):
     assert 'required: SCRIPT (see' in error_of(capsys, 'run', status=2)
-    assert "'prdict'" in error_of(capsys, 'prdict', status=2)
+    assert "unknown command 'prdict'; did you mean predict?" in error_of(capsys, 'prdict', status=2)
+    assert 'there are quickstart, list, ' in error_of(capsys, 'zzz', status=2)
+    assert "'csw'" in error_of(capsys, 'predict', 'a.png', '--model', 'resnet18', '--format', 'csw', status=2)
+    assert '. is a folder: name one image in it' in error_of(
+        capsys, 'neighbors', '.', '--model', 'resnet18', '-o', 'a.png', status=2)
     assert 'convnn-timm predict --help' in error_of(capsys, 'predict', 'a.png', status=2)
     assert '--topk' in error_of(capsys, 'predict', 'a.png', '--model', 'resnet18', '--topk', '0', status=2)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('command, inside', [
+    ('list', 'timm.list_models'), ('train --data-dir data', 'convnn_timm.train.train'),
+    ('run conftest.py', 'convnn_timm.autoload.run_script'),
+])
+def test_interrupted(capsys, monkeypatch, command, inside):
+    monkeypatch.setattr(inside, interrupt)
+    assert run(capsys, *command.split()) == (130, '', 'convnn-timm: interrupted\n')
+
+
+@pytest.mark.parametrize('command, lines', [
+    ('predict a.png --model resnet18_convnn', 1), ('train --data-dir data', 1), ('list', 3)])
+def test_ctrl_c(command, lines):
+    """While the process imports, and while it works: after its first lines."""
+    code = f'import sys; from convnn_timm.cli import main; print(flush=True); sys.exit(main({command.split()}))'
+    process = subprocess.Popen(
+        [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(lines):
+        process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and err.endswith('convnn-timm: interrupted\n') and 'Traceback' not in err, err
+
+
+def test_long_silence_is_explained(capsys, monkeypatch):
+    with cli.announced('loading a model'):
+        pass
+    assert capsys.readouterr().err == ''
+    monkeypatch.setattr(cli, 'PATIENCE', 0.)
+    with cli.announced('loading a model'):
+        threading.Event().wait(0.2)
+    assert capsys.readouterr().err == 'convnn-timm: loading a model ...\n'
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    cli.report('\x1b[31mred\udcff\nséparé')
+    assert capsys.readouterr().err == 'convnn-timm: error: \\x1b[31mred\\udcff\nséparé\n'
 
 
 def test_train_and_run_hand_their_arguments_over(capsys, monkeypatch):
@@ -129,7 +197,24 @@ def test_list(capsys):
 
 def test_list_shows_only_this_package(capsys):
     assert "no model matches 'convnn_converted'" in error_of(capsys, 'list', 'convnn_converted')  # has no size of its own
-    assert "no model matches 'resnet18'" in error_of(capsys, 'list', 'resnet18')
+    assert "no model matches 'test_resnet'" in error_of(capsys, 'list', 'test_resnet')
+
+
+@pytest.mark.parametrize('pattern, names', [
+    ('34_convnn_a', ['resnet34_convnn_attn']),
+    ('resnet18*_convnn', ['resnet18_convnn']),
+    ('resnet18_conv2d.cifar10', ['resnet18_conv2d']),
+    ('resnet18*.cifar10', ['resnet18_conv2d', 'resnet18_convnn_branching']),
+])
+def test_list_finds(capsys, pattern, names):
+    status, out, _ = run(capsys, 'list', pattern)
+    assert status == 0 and [row.split()[0] for row in out.splitlines()[1:]] == names
+
+
+def test_list_names_what_is_near(capsys):
+    assert 'did you mean resnet18_convnn' in error_of(capsys, 'list', 'rsnet18_convnn')
+    assert 'did you mean resnet18_conv2d.cifar10' in error_of(capsys, 'list', 'resnet18_conv2.cifar10')
+    assert '`convnn-timm list` shows them all' in error_of(capsys, 'list', 'zzzz')
 
 
 def test_info(capsys):
@@ -159,8 +244,66 @@ def test_predict_topk_and_folders(capsys, model_folder, tmp_path):
     (tmp_path / 'notes.txt').write_text('not an image')
     _, out, _ = run(capsys, 'predict', str(tmp_path), '--model', f'local-dir:{model_folder}', '--topk', '1')
     lines = out.splitlines()
-    assert lines[::2] == [str(tmp_path / name) for name in ('a.JPG', 'b.png', 'deep/er/c.png')]
-    assert all(line.endswith(tuple(NAMES)) for line in lines[1::2])
+    assert [line.split()[0] for line in lines] == [str(tmp_path / name) for name in ('a.JPG', 'b.png', 'deep/er/c.png')]
+    assert all(line.endswith(tuple(NAMES)) for line in lines)
+
+
+def odd_names(photo):
+    """Copies of an image: one name is no UTF-8, one would colour the terminal and has two lines."""
+    names = os.fsdecode(b'\xff.png'), '\x1b[31m, "red"\n.png'
+    return [Path(shutil.copy(photo, photo.parent / name)) for name in names]
+
+
+def test_predict_table_is_a_line_for_each_image(capsys, model_folder, photo):
+    call = 'predict', str(photo.parent), '--model', f'local-dir:{model_folder}'
+    odd_names(photo)
+    _, out, _ = run(capsys, *call)
+    assert len(out.splitlines()) == 3 and all(line.count('%') == 1 for line in out.splitlines())
+    assert '\\x1b[31m, "red"\\n.png' in out and '\\udcff.png' in out and '\x1b' not in out
+    _, out, _ = run(capsys, *call, '--topk', '2')
+    assert len(out.splitlines()) == 3 and all(line.count('%') == 2 for line in out.splitlines())
+
+
+def test_predict_for_programs(capfdbinary, model_folder, photo):
+    """Both formats have the file names as they are on the disk, and nothing but data on stdout."""
+    bad = photo.parent / 'text.png'
+    bad.write_text('not an image')
+    call = 'predict', str(photo), str(bad), *map(str, odd_names(photo)), '--model', f'local-dir:{model_folder}'
+    expected = [str(photo), *map(str, odd_names(photo))]
+
+    def output(form):
+        assert cli.main([*call, '--format', form]) == 1
+        out, err = capfdbinary.readouterr()
+        assert err.count(b'not an image') == 1 and err.count(b'\n') == 1
+        return out
+
+    entries = json.loads(output('json'))
+    assert [entry['image'] for entry in entries] == expected
+    for entry in entries:
+        assert sorted(c['name'] for c in entry['classes']) == NAMES
+        assert sum(c['probability'] for c in entry['classes']) == pytest.approx(1)
+
+    text = output('csv').decode('utf-8', 'surrogateescape')
+    rows = list(csv.DictReader(io.StringIO(text, newline='')))
+    assert [row['image'] for row in rows[::3]] == expected and [row['rank'] for row in rows] == ['1', '2', '3'] * 3
+    for entry, best in zip(entries, rows[::3], strict=True):
+        assert best['class'] == entry['classes'][0]['name']
+        assert float(best['probability']) == pytest.approx(entry['classes'][0]['probability'], abs=1e-4)
+
+
+def test_predict_takes_images_in_batches(capsys, monkeypatch, model_folder, photo):
+    monkeypatch.setattr(cli, 'BATCH', 2)
+    sizes, classify = [], cli.classify
+    monkeypatch.setattr(cli, 'classify', lambda m, pixels, d: sizes.append(len(pixels)) or classify(m, pixels, d))
+    status, out, _ = run(capsys, 'predict', *[str(photo)] * 5, '--model', f'local-dir:{model_folder}')
+    assert status == 0 and sizes == [2, 2, 1] and len(set(out.splitlines())) == 1
+
+
+def test_predict_refuses_a_network_of_nan(capsys, photo, tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3)
+    torch.nn.init.constant_(model.fc.weight, float('nan'))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert 'numbers that are not finite' in run(capsys, 'predict', str(photo), '--model', f'local-dir:{tmp_path}')[2]
 
 
 @pytest.mark.parametrize('mode, size', [
@@ -209,7 +352,7 @@ def test_predict_goes_on_after_a_bad_image(capsys, model_folder, photo, tmp_path
     bad = [tmp_path / name for name in ('text.png', 'half.png', 'gone.png', 'empty')]
     status, out, err = run(capsys, 'predict', *map(str, bad), str(photo), '--model', f'local-dir:{model_folder}')
     assert status == 1
-    assert out.splitlines()[0] == str(photo)
+    assert [line.split()[0] for line in out.splitlines()] == [str(photo)]
     complaints = ('not an image', 'cannot be read', 'not found', 'no images in this folder')
     for line, path, complaint in zip(err.splitlines(), bad, complaints, strict=True):
         assert line.startswith(f'convnn-timm: error: {path}: {complaint}')
@@ -219,10 +362,22 @@ def test_predict_with_checkpoint(capsys, photo, tmp_path):
     """Weights of a training run: as many classes as they have, called by index because their names are not known."""
     model = timm.create_model('test_resnet', num_classes=4)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'last.pth.tar')
-    status, out, _ = run(
-        capsys, 'predict', str(photo), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last.pth.tar'))
-    assert status == 0
+    call = 'predict', str(photo), '--model', 'test_resnet', '--checkpoint', str(tmp_path / 'last.pth.tar')
+    status, out, err = run(capsys, *call)
+    assert status == 0 and 'note: the names of the classes are not known' in err
     assert sorted(line.split()[-1] for line in out.splitlines()[1:]) == ['0', '1', '2', '3']
+
+    def classes(count, architecture='test_resnet', names=('ant', 'bee', 'cat', 'dog')):
+        """Called, beside the model of a finished run that tells so many classes apart."""
+        timm.models.save_for_hf(
+            timm.create_model(architecture, num_classes=count), tmp_path / 'model',
+            model_config=dict(label_names=names[:count]), safe_serialization=True)
+        return sorted(line.split()[-1] for line in run(capsys, *call)[1].splitlines()[1:])
+
+    assert classes(4) == ['ant', 'bee', 'cat', 'dog']
+    assert classes(3) == classes(4, 'test_vit') == ['0', '1', '2', '3']  # of other networks
+    (tmp_path / 'model' / 'config.json').write_text('[')
+    assert f"{tmp_path / 'model' / 'config.json'} is damaged" in error_of(capsys, *call)
 
 
 @pytest.mark.parametrize('pretrained', [False, True])
@@ -281,6 +436,17 @@ def test_model_errors(capsys, photo, model_folder, tmp_path):
 
     checkpoint = tmp_path / 'last.pth.tar'
     assert f'{checkpoint} not found' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    assert f'{tmp_path} is a folder' in error('--model', 'test_resnet', '--checkpoint', str(tmp_path))
+    checkpoint.touch()
+    assert f'{checkpoint} is an empty file' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
+    for nothing in {}, dict(state_dict={}), dict(state_dict=dict(weight='heavy')):
+        torch.save(nothing, checkpoint)
+        assert f'{checkpoint} holds no weights' in error('--model', 'resnet18_conv2d', '--checkpoint', str(checkpoint))
+    whole = timm.create_model('test_resnet', num_classes=4).state_dict()
+    without = {name: tensor for name, tensor in whole.items() if name != 'conv1.1.weight'}
+    for tensors, name in (without, 'conv1.1.weight'), ({**whole, 'foreign': torch.ones(1)}, 'foreign'):
+        torch.save(tensors, checkpoint)
+        assert f'"{name}"' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
     checkpoint.write_text('nothing')
     assert f'cannot read checkpoint {checkpoint}' in error('--model', 'test_resnet', '--checkpoint', str(checkpoint))
     torch.save(timm.create_model('test_vit').state_dict(), checkpoint)
