@@ -1,10 +1,11 @@
-"""The first thing to run: what a trained network sees in photographs, then one trained on handwritten digits.
+"""The first thing to run: what a trained network sees in two pictures, then one trained on handwritten digits.
 
-The photographs come with packages that this one needs, the trained network from the checkout or the Hub; where it
-cannot be had, they are left out. The digits are real scans that come with scikit-learn (`load_digits`: 1,797 scans of
-8x8, from 13 writers; the writers of the held-out scans are those of the training scans). It all lands in one folder:
+The trained network knows ten classes. The packages that this one needs bring two pictures of them: the photograph of a
+cat and the outline of a horse. Where the network cannot be had, they are left out. The digits are real scans that come
+with scikit-learn (`load_digits`: 1,797 scans of 8x8, from 13 writers; the writers of the held-out scans are those of
+the training scans). It all lands in one folder:
 
-    photographs.png                               photographs with what the pretrained network takes them for
+    photographs.png                               the two pictures with what the pretrained network takes them for
     digits/{train,validation}/<digit>/NNNN.png    the scans
     run/                                          the training run, its model in run/model/
     predictions.png                               held-out scans with what the network read
@@ -28,18 +29,21 @@ __all__ = ['QuickstartError', 'quickstart']
 
 MODEL = 'resnet18_convnn_branching'
 GOAL = 95.0  # percent of the held-out scans
-# Photographs by what they show, and where packages keep them.
+DISK = 0.5e9  # bytes: a checkpoint with its optimizer is 151 MB, there are three at most, and the model
+# Pictures of classes that the network knows, by what they show, and where packages keep them.
 PHOTOGRAPHS = {
     'a cat': ('skimage', 'data/chelsea.png'),
-    'a rocket': ('skimage', 'data/rocket.jpg'),
-    'a flower': ('sklearn', 'datasets/images/flower.jpg'),
-    'a palace': ('sklearn', 'datasets/images/china.jpg'),
+    'the outline of a horse': ('skimage', 'data/horse.png'),
 }
 NOTE = 'Made by `convnn-timm quickstart`. Nothing else depends on this folder: delete it when you like.\n'
 
 
 class QuickstartError(UserError):
     """The quickstart cannot go on, or ended below its goal; the message says what to do."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 class Guess(NamedTuple):
@@ -63,7 +67,7 @@ class Reading(NamedTuple):
 
 
 def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[str] = ()) -> float:
-    """Name photographs; write the digits, train on them, load the trained model back, read held-out scans with it.
+    """Name two pictures; write the digits, train on them, load the trained model back, read held-out scans with it.
 
     Args:
         output: Folder to make, or one that an earlier call made.
@@ -73,16 +77,18 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
         Share of the held-out scans that the network reads right, in percent.
 
     Raises:
-        QuickstartError: If `output` is in use for something else, or the share is below 95 %.
+        QuickstartError: If `output` is in use for something else or its disk is full, or the share is below 95 %.
     """
     start = time.time()
     # Read when PyTorch is loaded: its threads sleep instead of spinning while they wait for each other. Alone on the
     # machine that changes little; beside other programs it is the difference between minutes and an hour.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
+    say('', f'All goes to {output}: up to {DISK / 1e9:g} GB on the disk. The training takes minutes on the CPU.')
+    say('', 'Ctrl-C stops it; the same command goes on from there. Delete the folder when you like.')
     claim_folder(output)
 
-    say('1. Photos', f"timm.create_model('{MODEL}', pretrained=True)")
+    say('1. Pictures', f"timm.create_model('{MODEL}', pretrained=True)")
     show_photographs(output / 'photographs.png')
 
     say('2. Data', f'1,797 scans of handwritten digits, 8x8, that come with scikit-learn: {data}')
@@ -125,11 +131,16 @@ def claim_folder(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise QuickstartError(f'{folder} exists and is not from a quickstart; choose another folder with --output')
     folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < DISK:
+        raise QuickstartError(
+            f'the disk of {folder} has {free / 1e9:.2f} GB left, up to {DISK / 1e9:g} are needed; '
+            'choose another folder with --output')
     note.write_text(NOTE)
 
 
 def show_photographs(picture: Path, name: str = MODEL) -> None:
-    """Let pretrained weights name the photographs; says why if there are none, which is no reason to stop.
+    """Let pretrained weights name the pictures; says why if there are none, which is no reason to stop.
 
     Args:
         picture: File to draw them into.
@@ -146,10 +157,10 @@ def show_photographs(picture: Path, name: str = MODEL) -> None:
         return
     guesses = name_photographs(model)
     for guess in guesses:
-        say('', f'{guess.title + ":":<11}' + ', '.join(f'{answer} {100 * p:.0f} %' for answer, p in guess.answers))
+        say('', f'{guess.title + ":":<24}' + ', '.join(f'{answer} {100 * p:.0f} %' for answer, p in guess.answers))
     say('', f'It answers with one of these, whatever it sees: {", ".join(model.pretrained_cfg["label_names"])}.')
     draw_photographs(guesses, picture)
-    say('', f'The photographs, and what it saw of them: {picture}')
+    say('', f'The pictures, and what it saw of them: {picture}')
 
 
 def name_photographs(model: 'torch.nn.Module', topk: int = 3) -> List[Guess]:
@@ -177,14 +188,14 @@ def draw_photographs(guesses: List[Guess], picture: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(3 * len(guesses), 6.4), layout='constrained')
+    figure = Figure(figsize=(4.6 * len(guesses), 9), layout='constrained')
     for axes, guess in zip(figure.subplots(2, len(guesses), squeeze=False).T, guesses):
         for ax in axes:
             ax.axis('off')
-        axes[0].imshow(Image.open(guess.path))
+        axes[0].imshow(Image.open(guess.path).convert('RGB'))
         axes[0].set_title('\n'.join(f'{answer} {100 * p:.0f} %' for answer, p in guess.answers), fontsize=13)
         axes[1].imshow(guess.seen.permute(1, 2, 0).numpy())
-        axes[1].set_title(f'{guess.title}, {"x".join(map(str, guess.seen.shape[1:]))} pixels of it', fontsize=11)
+        axes[1].set_title(f'{guess.title}, as {"x".join(map(str, guess.seen.shape[1:]))} pixels', fontsize=11)
     figure.savefig(picture, dpi=110)
 
 
@@ -220,6 +231,8 @@ def train_digits(data: Path, run: Path, train_args: Sequence[str] = ()) -> None:
             '--output', str(run.parent), '--experiment', run.name, '--resume', 'auto', *train_args,
         ])
     except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise QuickstartError('interrupted; run the quickstart again to go on', code=130) from stop
         raise QuickstartError(
             f'the training ended early: {str(stop).removeprefix("error: ")}\n'
             f'Run the quickstart again to go on, or delete {run.parent} to start over') from stop
