@@ -142,7 +142,7 @@ def build_parser() -> Parser:
         prog='convnn-timm',
         usage='convnn-timm COMMAND ...',
         description='Convolution over nearest neighbours (ConvNN) for timm.',
-        epilog='New here? Run `convnn-timm quickstart`. Each command explains itself: `convnn-timm predict --help`.',
+        epilog='New here? Run `convnn-timm quickstart`.\nEach command explains itself: `convnn-timm predict --help`.',
     )
     parser.add_argument('--version', action='version', version=f'convnn-timm {__version__}')
     commands = parser.add_subparsers(prog=parser.prog, metavar='COMMAND', required=True, help=argparse.SUPPRESS)
@@ -160,13 +160,14 @@ def build_parser() -> Parser:
         return sub
 
     sub = add(
-        'quickstart', quickstart, 'train on handwritten digits, on the CPU, in minutes, and look at the result',
+        'quickstart', quickstart, 'train on handwritten digits, in minutes, and look at the result',
         'quickstart\nquickstart --output /tmp/digits')
     sub.add_argument(
-        '--output', default='convnn-quickstart', metavar='DIR', help='folder to make (default: %(default)s)')
+        '--output', default='convnn-quickstart', metavar='DIR',
+        help='folder to make, of up to 0.5 GB (default: %(default)s)')
 
     sub = add(
-        'list', list_models, 'list the models, with their parameters, multiply-accumulates and weights',
+        'list', list_models, 'list the models: parameters, multiply-accumulates, weights',
         "list\nlist branching\nlist 'resnet*_convnn'\nlist resnet18_convnn_branching.cifar10")
     sub.add_argument(
         'pattern', nargs='?', default='*', metavar='NAME',
@@ -192,7 +193,7 @@ def build_parser() -> Parser:
     sub.add_argument('--device', metavar='DEVICE', help='cpu, cuda, mps (default: cuda if there is one, else cpu)')
 
     sub = add(
-        'export', export, 'make the folder of a weight to publish, with its model card, from a run folder',
+        'export', export, 'make the folder of a weight to publish, with its card, from a run',
         'export output/my-run --tag cifar10\n'
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
@@ -223,12 +224,12 @@ def build_parser() -> Parser:
     sub.add_argument('--revision', metavar='BRANCH', help='branch, made if it is not there (default: main)')
 
     sub = add(
-        'verify', verify, 'check weights: hash, names of the tensors, and logits that they must give',
+        'verify', verify, 'check weights: hash, tensors, and logits that they must give',
         'verify resnet18_convnn_branching.cifar10\nverify model_cards/*/\nverify someone/resnet18_convnn.cifar10@v1')
     sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, folder, or repository on the Hub')
 
     sub = add(
-        'pull', pull, 'download weights, or replace damaged ones; they then load without network',
+        'pull', pull, 'download weights, or replace damaged ones, to load them offline',
         'pull resnet18_convnn_branching.cifar10\npull someone/resnet18_convnn.cifar10@v1')
     sub.add_argument('weights', nargs='+', metavar='WEIGHT', help='name, or repository on the Hub')
 
@@ -285,13 +286,13 @@ def build_parser() -> Parser:
     commands.add_parser('train', add_help=False)
 
     sub = add(
-        'run', run, "run a script, such as timm's validate.py, that then finds the models by name",
+        'run', run, "run a script such as timm's, which then finds the models by name",
         'run validate.py --model resnet18_convnn --checkpoint last.pth.tar --data-dir data --device cpu\n'
         'run train.py --model resnet18_convnn_branching --data-dir data')
     sub.add_argument('script', metavar='SCRIPT', help='Python file')
     sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments').required = False
 
-    add('info', info, 'show versions, devices, and which implementation of each operator runs here and why', 'info')
+    add('info', info, 'show versions, devices, and which implementations run here', 'info')
 
     for title, names in GROUPS.items():
         parser.description += '\n'.join([f'\n\n{title}:', *(f'  {name:<13}{summaries.pop(name)}' for name in names)])

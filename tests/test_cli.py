@@ -90,7 +90,9 @@ def test_version(capsys):
 def test_help_shows_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main([])
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith('  ')]
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line.split()[0] for line in lines if line.startswith('  ')]
     assert sorted(shown[:-2]) == sorted(cli.build_parser().commands)  # the last two are options
 
 
