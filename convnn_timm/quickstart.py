@@ -85,8 +85,8 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
     say('', f'All goes to {output}: up to {DISK / 1e9:g} GB on the disk. The training takes minutes on the CPU.')
-    say('', 'Ctrl-C stops it; the same command goes on from there. Delete the folder when you like.')
     claim_folder(output)
+    say('', 'Ctrl-C stops it; the same command goes on from there. Delete the folder when you like.')
 
     say('1. Pictures', f"timm.create_model('{MODEL}', pretrained=True)")
     show_photographs(output / 'photographs.png')
