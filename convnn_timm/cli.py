@@ -820,18 +820,15 @@ def class_names(model: 'nn.Module') -> Callable[[int], str]:
 
 
 def find_images(paths: List[str]) -> Iterator[Path]:
-    """Yield the files named, and the images in the folders named and below, sorted."""
-    from timm.data import is_img_extension
+    """Yield the files named, and the images in the folders named and below, sorted; says which files it leaves out."""
+    from convnn_timm.images import printable, scan
 
     for path in map(Path, paths):
         if path.is_dir():
-            seen, files = set(), []
-            for folder, inner, names in os.walk(path, followlinks=True):
-                files += [Path(folder, name) for name in names]
-                seen.add(os.path.realpath(folder))  # a link may lead back
-                inner[:] = [name for name in inner if os.path.realpath(os.path.join(folder, name)) not in seen]
-            images = sorted(file for file in files if is_img_extension(file.suffix.lower()) and file.is_file())
-            yield from images or [path]  # an empty folder is reported where it is read
+            found = scan(path)
+            for note in found.notes():
+                print(f'convnn-timm: note: {printable(path)}: {note}', file=sys.stderr)
+            yield from found.images or [path]  # an empty folder is reported where it is read
         else:
             yield path
 

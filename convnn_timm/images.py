@@ -1,7 +1,11 @@
 """Image files become pixels by one rule, in training and in prediction."""
+import os
 import struct
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Callable, Dict, Optional, Tuple, Union
+from typing import (
+    IO, TYPE_CHECKING, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, NoReturn, Optional, Tuple, Union)
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -11,7 +15,17 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch.nn as nn
 
-__all__ = ['ImageError', 'image_mode', 'preprocessing', 'read_image', 'sample_photographs']
+__all__ = [
+    'ImageError', 'Scan', 'image_mode', 'image_suffixes', 'preprocessing', 'printable', 'read_image',
+    'sample_photographs', 'scan']
+
+# Formats that Pillow recognises, but needs another program or library to decode.
+UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+
+
+def printable(text: object) -> str:
+    """Text as a terminal can show it on one line: what would not print, such as a line break, is escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
 class ImageError(UserError, ValueError):
@@ -19,7 +33,78 @@ class ImageError(UserError, ValueError):
 
     def __init__(self, message: str):
         # A DataLoader raises its worker's error anew, with the worker's traceback as the message: its last line counts.
-        super().__init__(message.rpartition(f'{ImageError.__qualname__}: ')[2].strip())
+        super().__init__(printable(message.rpartition(f'{ImageError.__qualname__}: ')[2].strip()))
+
+
+class Scan(NamedTuple):
+    """What `scan` found in a folder."""
+    images: List[Path]
+    left_out: Counter  # number of other files, by their kind
+    empty: List[Path]  # topmost folders that add no image
+
+    def notes(self) -> List[str]:
+        """Return one line on the files that were left out, and one on the folders without images."""
+        lines = []
+        if self.left_out:
+            kinds = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+            kinds = ', '.join(f'{count} {printable(kind)}' for kind, count in kinds)
+            count = self.left_out.total()
+            lines.append(f'left out {count} file{"s" * (count > 1)}: {kinds}')
+        if self.empty:
+            more = ', ...' * (len(self.empty) > 10)
+            lines.append(f'no images in {", ".join(map(printable, self.empty[:10]))}{more}')
+        return lines
+
+
+@lru_cache
+def image_suffixes() -> FrozenSet[str]:
+    """Return the file suffixes, in small letters, of the formats that this Pillow can decode."""
+    kinds = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in UNDECODED)
+
+
+def scan(folder: Union[str, Path]) -> Scan:
+    """Search a folder and the folders below for images.
+
+    What is hidden, with a name that begins with a dot, is ignored. Links are followed, but each folder is read once.
+
+    Raises:
+        ImageError: A folder cannot be read.
+    """
+    folder = Path(folder)
+    images, left_out, folders = [], Counter(), []
+    for place, names in walk(folder):
+        folders.append(place)
+        for name in names:
+            file = place / name
+            if not file.is_file():
+                left_out['(broken link)' if file.is_symlink() else '(special file)'] += 1
+            elif file.suffix.lower() in image_suffixes():
+                images.append(file)
+            else:
+                left_out[file.suffix.lower() or '(no suffix)'] += 1
+    full = {parent for image in images for parent in image.parents}
+    empty = [place for place in folders if place not in full and place.parent in full]
+    return Scan(sorted(images), left_out, sorted(empty))
+
+
+def walk(folder: Path) -> Iterator[Tuple[Path, List[str]]]:
+    """Yield each folder and the names of its files, those of linked folders last; a folder met again has no names."""
+    def refuse(error: OSError) -> NoReturn:
+        raise ImageError(f'{error.filename}: cannot be read: {error.strerror}') from error
+
+    seen = set(map(str, folder.resolve().parents))  # a link that leads out of the folder and back
+    starts = [folder]
+    for start in starts:  # grows
+        for place, folders, names in os.walk(start, onerror=refuse):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                names = []
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith('.'))
+            starts += [path for path in (Path(place, name) for name in folders) if path.is_symlink()]
+            yield Path(place), [name for name in names if not name.startswith('.')]
 
 
 def image_mode(channels: int) -> str:

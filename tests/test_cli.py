@@ -12,12 +12,13 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from convnn_timm import __version__, cli
 from convnn_timm.cli import load_model
@@ -332,13 +333,54 @@ def test_numbers_of_unknown_range_are_refused(tmp_path):
         read_image(tmp_path / 'float.tiff')
 
 
-def test_linked_folders_are_read(tmp_path, photo):
-    (tmp_path / 'elsewhere').mkdir()
-    (tmp_path / 'folder').mkdir()
-    shutil.copy(photo, tmp_path / 'elsewhere' / 'one.png')
-    (tmp_path / 'folder' / 'linked').symlink_to(tmp_path / 'elsewhere')
-    (tmp_path / 'folder' / 'back').symlink_to(tmp_path / 'folder')
-    assert list(cli.find_images([str(tmp_path / 'folder')])) == [tmp_path / 'folder' / 'linked' / 'one.png']
+def test_linked_folders_are_read_once(tmp_path, photo):
+    """Under their own name where they have one in the folder; nothing above the folder is read."""
+    folder = tmp_path / 'folder'
+    for name in 'elsewhere', 'folder/own':
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / name / 'one.png')
+    shutil.copy(photo, tmp_path / 'above.png')
+    for name, target in ('linked', 'elsewhere'), ('again', 'folder/own'), ('back', 'folder'), ('own/up', '.'):
+        (folder / name).symlink_to(tmp_path / target)
+    assert list(cli.find_images([str(folder)])) == [folder / 'linked' / 'one.png', folder / 'own' / 'one.png']
+
+
+def test_what_a_folder_is_searched_for(capsys, tmp_path):
+    """For all that Pillow decodes; what is hidden is not there, and the rest is counted."""
+    seen = ['a.JPG', 'b.webp', 'c.bmp', 'd.tif', 'e.gif', 'f.jpeg'] + ['g.avif'] * features.check('avif')
+    for name in seen:
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    for name in '.ipynb_checkpoints/x.png', '._a.jpg', 'h.heic', 'i.HEIC', 'j.txt', 'Makefile', 'k.h5', 'none/.keep':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('no image')
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'dead.png').symlink_to('nowhere')
+    assert list(cli.find_images([str(tmp_path)])) == [tmp_path / name for name in seen]
+    assert capsys.readouterr().err == (
+        f'convnn-timm: note: {tmp_path}: left out 7 files: '
+        '2 .heic, 1 (broken link), 1 (no suffix), 1 (special file), 1 .h5, 1 .txt\n'
+        f'convnn-timm: note: {tmp_path}: no images in {tmp_path}/none\n')
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'scandir', Mock(side_effect=PermissionError(13, 'Permission denied', str(tmp_path))))
+    with pytest.raises(ImageError, match=f'{tmp_path}: cannot be read: Permission denied'):
+        list(cli.find_images([str(tmp_path)]))
+
+
+def test_the_first_picture_of_several_is_read(tmp_path):
+    first, second = (Image.new('RGB', (2, 2), colour) for colour in ('white', 'black'))
+    for name in 'two.gif', 'two.tif':
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert np.array(read_image(tmp_path / name)).min() == 255
+
+
+def test_a_file_name_cannot_garble_the_terminal(tmp_path):
+    name = 'a\x1b[31m\n\u202eb\udcff.png'
+    (tmp_path / name).write_text('no image')
+    with pytest.raises(ImageError) as error:
+        read_image(tmp_path / name)
+    assert str(error.value) == fr'{tmp_path}/a\x1b[31m\n\u202eb\udcff.png: not an image'
 
 
 def test_16_bits_are_scaled(tmp_path):
