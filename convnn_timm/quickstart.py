@@ -231,8 +231,8 @@ def train_digits(data: Path, run: Path, train_args: Sequence[str] = ()) -> None:
             '--output', str(run.parent), '--experiment', run.name, '--resume', 'auto', *train_args,
         ])
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise QuickstartError('interrupted; run the quickstart again to go on', code=130) from stop
+        if not isinstance(stop.code, str):
+            raise QuickstartError('interrupted; run the quickstart again to go on', code=stop.code) from stop
         raise QuickstartError(
             f'the training ended early: {str(stop).removeprefix("error: ")}\n'
             f'Run the quickstart again to go on, or delete {run.parent} to start over') from stop

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -36,10 +37,12 @@ from tqdm import tqdm
 
 from .conversion import convert
 from .errors import UserError
+from .images import printable
 from .macs import count_macs
 from .models._common import unknown_model
 from .train_args import UsageError, build_parser, parse_args
-from .train_data import check_classes, create_batches, create_parts, epoch_seed, stop_crops
+from .train_data import (
+    check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size, stop_crops)
 from .train_folder import (
     Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, unfinished)
 
@@ -350,10 +353,9 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
         device = utils.init_distributed_device(world)
         rank, world_size = world.rank, world.world_size
         train_part, eval_part, names = create_parts(args)
-        if names is not None and (len(names) < 2 or '' in names):
-            raise UsageError(
-                f'{args.data_dir}: the split {args.train_split!r} must have a folder of images for each of several '
-                f'classes, and has {", ".join(filter(None, names)) or "none"}')
+        if names is not None:
+            check_class_names(names, f'{printable(args.data_dir)}: the split {args.train_split!r}')
+        fit_batch_size(args, len(train_part), world_size)
         eval_part.indices = eval_part.indices[rank::world_size]
         args.num_classes = args.num_classes or (len(names) if names else None)
         checkpoint = open_run(args, rank)
@@ -396,6 +398,7 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
         result = setup.ema.module if setup.ema is not None else model
         if args.torchcompile:
             setup.forward = torch.compile(model, backend=args.torchcompile)
+            _logger.info(f'the first batches take a while: {args.torchcompile} compiles the model for them')
         evaluated = setup.forward if setup.ema is None else result
         if world_size > 1:
             setup.forward = DistributedDataParallel(
@@ -454,6 +457,8 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             safe_serialization=True,
             data_config=data_config,
         )
+        # safetensors lets nobody but the owner read the file
+        shutil.copymode(folder / 'model' / 'config.json', folder / 'model' / 'model.safetensors')
         if rows:  # none if a finished run's checkpoint came without its summary
             print_result({name.removeprefix('eval_'): float(rows[-1][name]) for name in rows[-1]})
     return folder
@@ -485,10 +490,15 @@ def main(argv: Optional[Sequence[str]] = None, command: str = 'convnn-timm train
         command: What the run folder names as the program.
 
     Raises:
-        SystemExit: With a message, for everything that the user can put right, and if interrupted.
+        SystemExit: With a message, for everything that the user can put right; with 128 and the number of the signal,
+            as shells do, if interrupted: 130 for Ctrl-C.
     """
-    def stop(*_):
-        raise KeyboardInterrupt
+    process = os.getpid()
+
+    def stop(number: int, _) -> None:
+        # Ctrl-C reaches the workers that read images too: they end with this process, and not before it.
+        if number != signal.SIGINT or os.getpid() == process:
+            raise KeyboardInterrupt(number)
 
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.ERROR if int(os.environ.get('RANK', 0)) else logging.INFO, format='%(message)s')
@@ -499,18 +509,23 @@ def main(argv: Optional[Sequence[str]] = None, command: str = 'convnn-timm train
         if args.evaluate:
             evaluate_run(args)
             return None
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            for number in before:
+                if before[number] is not signal.SIG_IGN:  # as in a shell's background
+                    signal.signal(number, stop)
             return train(args, [*command.split(), *argv])
         finally:
-            signal.signal(signal.SIGTERM, before)  # the caller's again
+            for number, handler in before.items():
+                signal.signal(number, handler)  # the caller's again
     except UserError as error:  # an image may be read in the middle of an epoch
         raise SystemExit(f'error: {error}')
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        message = 'interrupted'
         if args and not args.evaluate and args.experiment and (record := run_folder(args) / 'args.yaml').is_file():
-            record = shlex.quote(str(record))
-            raise SystemExit(f'interrupted; continue with: convnn-timm train -c {record} --resume auto')
-        raise SystemExit('interrupted')
+            message += f'; continue with: convnn-timm train -c {shlex.quote(str(record))} --resume auto'
+        print(message, file=sys.stderr)
+        raise SystemExit(128 + (error.args[0] if error.args else signal.SIGINT)) from None
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ __all__ = ['UsageError', 'build_parser', 'defaults', 'find_recipe', 'parse_args'
 
 EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
 
+    convnn-timm train -c finetune photos/
     convnn-timm train -c cifar10 --data-dir cifar10/
     convnn-timm train -c cifar10 --dataset torch/cifar10 --dataset-download --data-dir data/
     torchrun --nproc_per_node 2 -m convnn_timm train -c cifar10 --data-dir cifar10/
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 ARGUMENTS = {
     'data': dict(
         data_dir=str, dataset='', dataset_download=False, train_split='train', val_split='validation', holdout=0,
-        cache=True, workers=min(4, os.cpu_count() or 1)),
+        holdout_share=0.2, holdout_id='', cache=True, workers=min(4, os.cpu_count() or 1)),
     'model': dict(
         model='resnet50', model_kwargs={}, convert={}, pretrained=False, initial_checkpoint='', num_classes=int, gp=str,
         img_size=int, input_size=[int] * 3, crop_pct=float, mean=[float], std=[float], interpolation='', drop=0.,
@@ -56,10 +57,12 @@ ARGUMENTS = {
         seed=42, output='output', experiment='', resume='', checkpoint_hist=10, log_interval=50),
 }
 HELP = dict(
-    data_dir='folder with train/<class>/ and validation/<class>/ in it',
+    data_dir='folder with a folder of images for each class in it, or with train/<class>/ and validation/<class>/',
     dataset='another data set of timm, e.g. torch/cifar10',
     holdout='evaluate on this many images of the training set instead, the same for every seed; '
             'the validation set is not read',
+    holdout_share='share of the images to evaluate on where DIR has a folder for each class only',
+    holdout_id='of the names of those images, written by a run, which does not go on with others',
     cache='keep decoded images in memory if a split takes less than 1 GB and --crop-padding and flips are all '
           'that is done to them',
     model='a network of timm; `convnn-timm list` names those with ConvNN',
@@ -71,7 +74,7 @@ HELP = dict(
     input_size='channels height width; default: the model\'s',
     drop='dropout rate of the head',
     device='default: cuda if there is one, else cpu',
-    batch_size='images per step and process',
+    batch_size='images per step and process; at most all training images',
     opt_kwargs='further arguments of the optimizer',
     lr='default: --lr-base times --batch-size / --lr-base-size',
     no_aug='no augmentation, whatever the other flags say',
@@ -105,6 +108,7 @@ RANGES = {
         'crop_off_epoch', 'crop_padding', 'cutmix', 'holdout', 'mixup', 'seed', 'workers')),
     'from 0 to 1': (lambda x: 0 <= x <= 1, (
         'hflip', 'mixup_prob', 'mixup_switch_prob', 'model_ema_decay', 'reprob', 'vflip')),
+    'more than 0 and less than 1': (lambda x: 0 < x < 1, ('holdout_share',)),
     '0 or more and less than 1': (lambda x: 0 <= x < 1, ('drop', 'drop_path', 'smoothing')),
     'more than 0 and at most 1': (lambda x: 0 < x <= 1, ('crop_pct',)),
 }
@@ -247,7 +251,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         args.input_size = [args.input_size[0], args.img_size, args.img_size]
     args.data_dir = args.data or args.data_dir
     if not args.data_dir:
-        parser.error('which images? --data-dir DIR, a folder with train/<class>/ and validation/<class>/ in it')
+        parser.error(f'which images? --data-dir DIR, a {HELP["data_dir"]}')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         parser.error(f'--device {args.device}: there is none here; try --device cpu')
     if args.sched == 'plateau':

@@ -1,34 +1,69 @@
 """ The trainer's images: which ones, and how they become batches. """
 import argparse
+import hashlib
 import logging
 import math
 import os
+import sys
+from collections import defaultdict
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import create_dataset, create_loader, create_transform
+from timm.data import ImageDataset, create_dataset, create_loader, create_transform
+from timm.data.dataset_factory import _search_split
 from timm.data.loader import PrefetchLoader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from tqdm import tqdm
 
-from .images import image_mode, read_image
-from .train_args import UsageError
+from .images import image_mode, printable, read_image, scan
+from .train_args import ARGUMENTS, UsageError
 
 __all__ = [
-    'MemoryBatches', 'Part', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed', 'holdout_split',
-    'stop_crops']
+    'MemoryBatches', 'Part', 'check_class_names', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed',
+    'fit_batch_size', 'holdout_split', 'stop_crops']
 
 _logger = logging.getLogger(__name__)
 
 # Data sets whose images can be read in any order, and what timm calls a split to evaluate on.
 SOURCES = ('torch', 'hfds')
 EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+TRAIN_SPLITS = ('train', 'training')
 
 # A split is kept decoded in memory if it takes less than this.
 MEMORY_LIMIT = 2 ** 30
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's, of the images that `scan` finds; classes have the numbers that timm gives them.
+
+    Args:
+        root: The folder.
+        flat: An image is of the class whose folder lies directly in ``root``, and not of the folder that it lies in.
+    """
+
+    def __init__(self, root: str, flat: bool = False):
+        found, self.root = scan(root), root
+        for note in found.notes():
+            _logger.info(f'{printable(root)}: {note}')
+        if not found.images:
+            raise UsageError(f'there are no images in {printable(root)}')
+        folders = [image.relative_to(root).parts[:-1] or ('',) for image in found.images]
+        labels = [parts[0 if flat else -1] for parts in folders]
+        self.class_to_idx = {name: i for i, name in enumerate(sorted(sorted(set(labels)), key=natural_key))}
+        self.samples = sorted(
+            ((str(image), self.class_to_idx[label]) for image, label in zip(found.images, labels)),
+            key=lambda sample: natural_key(sample[0]))
+
+    def fingerprint(self) -> str:
+        """Return what changes with the names of the images, wherever the folder is."""
+        names = sorted(Path(self.filename(i)).as_posix() for i in range(len(self)))
+        return hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()[:12]
 
 
 class Part(torch.utils.data.Dataset):
@@ -55,7 +90,12 @@ class Part(torch.utils.data.Dataset):
 
 
 def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[str]]]:
-    """Open the images to train on, those to evaluate on, and the names of the classes if the data knows them."""
+    """Open the images to train on, those to evaluate on, and the names of the classes if the data knows them.
+
+    Where a folder of classes is split, the arguments record how: ``holdout_share`` and ``holdout_id``.
+    """
+    if is_flat(args):
+        return split_flat(args)
     train_set = open_split(args, args.train_split)
     everything = range(len(train_set))
     names = class_names(train_set)
@@ -64,12 +104,64 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
         return Part(train_set, sorted(set(everything) - set(held_out))), Part(train_set, held_out), names
     eval_set = open_split(args, args.val_split)
     if class_names(eval_set) != names:
-        here, there = set(names or ()), set(class_names(eval_set) or ())
+        here, there = set(map(printable, names or ())), set(map(printable, class_names(eval_set) or ()))
         raise UsageError('\n'.join([
             f'the splits {args.train_split!r} and {args.val_split!r} have different classes:',
             *(f'  only in {split}: {", ".join(sorted(only))}'
               for split, only in ((args.train_split, here - there), (args.val_split, there - here)) if only)]))
     return Part(train_set, everything), Part(eval_set, range(len(eval_set))), names
+
+
+def is_flat(args: argparse.Namespace) -> bool:
+    """Whether the data is a folder of classes: none in it is named, or nearly named, like a split."""
+    splits_are_named = any(getattr(args, name) != ARGUMENTS['data'][name] for name in ('train_split', 'val_split'))
+    if args.dataset or splits_are_named or not os.path.isdir(args.data_dir):
+        return False
+    return not any(name.lower() in TRAIN_SPLITS + EVAL_SPLITS for name in folders_in(args.data_dir))
+
+
+def folders_in(folder: str) -> List[str]:
+    """Names of the folders in a folder that are not hidden."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
+
+
+def split_flat(args: argparse.Namespace) -> Tuple[Part, Part, List[str]]:
+    """Split the images of a folder of classes."""
+    dataset, folder = open_folder(args, args.data_dir, flat=True), printable(args.data_dir)
+    names, targets = class_names(dataset), class_numbers(dataset)
+    check_class_names(names, folder)
+    fingerprint = dataset.reader.fingerprint()
+    if args.holdout_id not in ('', fingerprint):
+        raise UsageError(
+            f'{folder} holds other images than when the run began, so that those held out cannot be told: put them '
+            f"back as they were, or start a new run (with --holdout-id '' if from this run's arguments)")
+    if args.holdout:
+        holdout_split(targets, args.holdout)  # raises if there are too few images
+        args.holdout_share, args.holdout = args.holdout / len(targets), 0
+    args.holdout_id = fingerprint
+    held_out = share_split(targets, args.holdout_share, names)
+    _logger.info(
+        f'{folder}: {len(targets):,} images of {len(names)} classes; {len(held_out):,} of them, always the same, are '
+        f'held out to evaluate on (--holdout-share {args.holdout_share:.3g})')
+    return Part(dataset, sorted(set(range(len(targets))) - set(held_out))), Part(dataset, held_out), names
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """Make sure that there are several classes, and no image outside of their folders."""
+    if len(names) < 2 or '' in names:
+        found = ', '.join(printable(name) for name in names if name) or 'none'
+        loose = ', and images outside of these folders' if '' in names else ''
+        raise UsageError(f'{where} must have a folder of images for each of several classes, and has {found}{loose}')
+
+
+def open_folder(args: argparse.Namespace, folder: str, flat: bool = False) -> ImageDataset:
+    """Open a folder of images."""
+    return ImageDataset(folder, FolderReader(folder, flat), input_img_mode=input_mode(args))
+
+
+def input_mode(args: argparse.Namespace) -> str:
+    """Pillow's mode of the model's images."""
+    return image_mode(args.input_size[0] if args.input_size else 3)
 
 
 def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
@@ -83,16 +175,28 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
         raise UsageError(f'{split!r}: only hfds/ data sets have parts of a split; --holdout evaluates on a part')
     if not args.dataset and not os.path.isdir(args.data_dir):
         raise UsageError(f'there is no folder {args.data_dir}')
+    if not args.dataset:
+        # Where a folder lacks the split, timm opens all of it, training and test images together.
+        folder = _search_split(args.data_dir, split)
+        if os.path.samefile(folder, args.data_dir):
+            raise missing_split(args, split)
+        return open_folder(args, folder)
     dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
-    dataset.input_img_mode = image_mode(args.input_size[0] if args.input_size else 3)  # torchvision's has none
-    # Where a folder lacks the split, timm opens all of it, training and test images together.
-    folder = dataset if type(dataset) is ImageFolder else None if args.dataset else dataset.reader
-    if folder and os.path.samefile(folder.root, args.data_dir):
-        raise UsageError(f'{args.data_dir} has no folder {split!r}: see --train-split, --val-split and --holdout')
+    dataset.input_img_mode = input_mode(args)  # torchvision's has none
+    if type(dataset) is ImageFolder and os.path.samefile(dataset.root, args.data_dir):  # as above
+        raise missing_split(args, split)
     # Of torchvision's data sets that have two it opens the one to evaluate on for each name that it does not know.
     if getattr(dataset, 'train', None) is False and split not in EVAL_SPLITS:
         raise UsageError(f'{args.dataset} has no split {split!r}: it has train and validation')
     return dataset
+
+
+def missing_split(args: argparse.Namespace, split: str) -> UsageError:
+    found = ', '.join(map(printable, folders_in(args.data_dir))) or 'no folders'
+    return UsageError(
+        f'{printable(args.data_dir)} has no folder {split!r}: it has {found}. Expected are train/<class>/ and '
+        'validation/<class>/ (or see --train-split, --val-split and --holdout); or a folder for each class, none with '
+        f'a name like {", ".join(TRAIN_SPLITS + EVAL_SPLITS)}')
 
 
 def class_names(dataset: torch.utils.data.Dataset) -> Optional[List[str]]:
@@ -108,7 +212,8 @@ def check_classes(model: nn.Module, names: Optional[Sequence[str]]) -> None:
     """Make sure that a trained model knows the classes of the data, in that order, as far as both have names."""
     known = model.pretrained_cfg.get('label_names')
     if known and names and list(known) != list(names):
-        raise UsageError(f'the model tells {", ".join(known)} apart, the data has {", ".join(names)}')
+        known, names = (', '.join(map(printable, each)) for each in (known, names))
+        raise UsageError(f'the model tells {known} apart, the data has {names}')
 
 
 def class_numbers(dataset: torch.utils.data.Dataset) -> List[int]:
@@ -127,6 +232,35 @@ def holdout_split(targets: Sequence[int], count: int) -> List[int]:
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
     by_class = sorted(shuffled, key=targets.__getitem__)  # stable, so still shuffled within a class
     return sorted(by_class[i * len(targets) // count] for i in range(count))
+
+
+def share_split(targets: Sequence[int], share: float, names: Sequence[str]) -> List[int]:
+    """Choose about that share of the images with these classes as `holdout_split` does, but of each class at least one,
+    and never all of it.
+    """
+    count = min(max(round(share * len(targets)), 1), len(targets) - 1)
+    held_out, classes = set(holdout_split(targets, count)), defaultdict(list)
+    for i, target in enumerate(targets):
+        classes[target].append(i)
+    if single := [printable(names[target]) for target, images in classes.items() if len(images) < 2]:
+        raise UsageError(
+            f'one image to train on and one to evaluate on is the least, and there is only one of {", ".join(single)}')
+    for images in classes.values():
+        if held_out.isdisjoint(images):
+            held_out.add(images[0])
+        elif held_out.issuperset(images):
+            held_out.remove(images[0])
+    return sorted(held_out)
+
+
+def fit_batch_size(args: argparse.Namespace, images: int, world_size: int) -> None:
+    """Make batches no larger than the training images allow."""
+    most = images // world_size
+    if args.mixup or args.cutmix:
+        most -= most % 2  # they pair the images
+    if 0 < most < args.batch_size:
+        _logger.info(f'{images} training images do not fill a batch of {args.batch_size}: --batch-size is now {most}')
+        args.batch_size = most
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -214,9 +348,11 @@ def read_images(part: Part, transform: Callable, workers: int) -> Tuple[torch.Te
     part.transform = transform
     images = torch.empty(len(part), *part[0][0].shape, dtype=torch.uint8)
     targets = torch.empty(len(part), dtype=torch.long)
-    batches = torch.utils.data.DataLoader(part, batch_size=256, num_workers=workers)
-    for i, (batch, classes) in enumerate(batches):
-        images[256 * i:256 * i + len(batch)], targets[256 * i:256 * i + len(batch)] = batch, classes
+    batches, start = torch.utils.data.DataLoader(part, batch_size=32, num_workers=workers), 0
+    for batch, classes in tqdm(batches, 'reading', unit='batch', leave=False, disable=not sys.stderr.isatty()):
+        end = start + len(batch)
+        images[start:end], targets[start:end] = batch, classes
+        start = end
     return images, targets
 
 

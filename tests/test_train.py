@@ -27,7 +27,8 @@ from convnn_timm import convert, hub, train, train_folder
 from convnn_timm.models import _weights
 from convnn_timm.train import evaluate, main, parse_args
 from convnn_timm.train_args import recipe_names
-from convnn_timm.train_data import MemoryBatches, class_names, create_batches, create_parts, holdout_split
+from convnn_timm.train_data import (
+    FolderReader, MemoryBatches, class_names, class_numbers, create_batches, create_parts, holdout_split)
 from convnn_timm.train_folder import read_summary, starts_alike
 
 CLASSES = ('bee', 'cat', 'dog')
@@ -91,6 +92,7 @@ def test_run_folder_is_complete(run):
         'checkpoint-2.pth.tar', 'model',
     }
     assert {path.name for path in (run / 'model').iterdir()} == {'config.json', 'model.safetensors'}
+    assert len({path.stat().st_mode for path in run.rglob('*') if path.is_file()}) == 1  # as the process's umask says
     header, *rows = (run / 'summary.csv').read_text().split()
     assert header.split(',') == [
         'epoch', 'train_loss', 'train_images_per_s', 'train_data_share', 'eval_loss', 'eval_top1', 'eval_top5',
@@ -228,10 +230,11 @@ def test_evaluating_an_unfinished_run_says_how_to_finish_it(run, tmp_path, image
         main(['--evaluate', str(tmp_path)])
 
 
-def test_an_interrupt_before_there_is_a_run(monkeypatch):
+def test_an_interrupt_before_there_is_a_run(monkeypatch, capsys):
     monkeypatch.setattr(train, 'parse_args', Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit, match='^interrupted$'):
+    with pytest.raises(SystemExit, match='^130$'):
         main([])
+    assert capsys.readouterr().err == 'interrupted\n'
 
 
 def test_every_image_counts_the_same():
@@ -333,8 +336,8 @@ def test_wrong_command_line(argv, message, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--val-split', 'test'], "no folder 'test': see --train-split, --val-split"),
-    (['--val-split', 'test', '--dataset', 'torch/image_folder'], "no folder 'test': see --train-split, --val-split"),
+    (['--val-split', 'test'], "no folder 'test': it has train, validation. Expected are .*see --train-split"),
+    (['--val-split', 'test', '--dataset', 'torch/image_folder'], "no folder 'test': it has train, validation. Exp"),
     (['--train-split', 'train[:50%]', '--val-split', 'train[50%:]'], 'only hfds/ data sets have parts of a split'),
 ])
 def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path, argv, message):
@@ -427,8 +430,6 @@ def test_the_recipe_stays_with_the_run(flags, tmp_path):
 def test_too_few_classes_and_images(flags, tmp_path):
     with pytest.raises(SystemExit, match='3 classes, --num-classes is 2'):
         main([*flags, '--num-classes', '2', '--output', str(tmp_path)])
-    with pytest.raises(SystemExit, match='120 training images do not fill a batch'):
-        main([*flags, '--batch-size', '121', '--output', str(tmp_path)])
     with pytest.raises(SystemExit, match='there are 120 training images'):
         main([*flags, '--holdout', '120', '--output', str(tmp_path)])
 
@@ -603,11 +604,12 @@ def test_weights_of_a_run_with_other_classes(flags, run, tmp_path):
     assert len(weights(folder)['state_dict']['fc.bias']) == 5
 
 
-def test_sigterm_is_the_callers_again(flags):
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_are_the_callers_again(flags):
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(SystemExit):
         main([*flags, '--model', 'zzzz'])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 # Images
@@ -700,6 +702,97 @@ def test_an_image_is_mirrored_no_further_than_it_reaches(flags, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# Own photographs
+
+@pytest.fixture
+def photos(images, tmp_path):
+    """A folder for each class: 5 bees, 9 cats, 12 dogs, in several formats and sizes."""
+    for name, count in zip(CLASSES, (5, 9, 12)):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        for i in range(count):
+            image = Image.open(images / 'train' / name / f'{i}.png').resize((40 + i, 30))
+            image.save(tmp_path / 'photos' / name / f'{i}.{("png", "webp", "bmp", "tif")[i % 4]}')
+    return tmp_path / 'photos'
+
+
+def test_photographs_are_split_trained_resumed_and_evaluated(flags, photos, tmp_path, capsys, caplog):
+    caplog.set_level('INFO', 'convnn_timm')
+    for name in '.ipynb_checkpoints/x.png', 'cat/._0.png', 'cat/notes.txt', 'owl/.keep':
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_text('no image')
+    folder = main([str(photos), *flags[2:], '-b', '64', '--output', str(tmp_path), '--experiment', 'run'])
+    trained = printed_result(capsys)
+    assert trained.endswith('(epoch 3, 5 images)')
+    assert f'{photos}: left out 1 file: 1 .txt' in caplog.text and f'no images in {photos}/owl' in caplog.text
+    assert '26 images of 3 classes; 5 of them, always the same, are held out' in caplog.text
+    assert '21 training images do not fill a batch of 64: --batch-size is now 21' in caplog.text
+    assert json.loads((folder / 'model' / 'config.json').read_text())['label_names'] == list(CLASSES)
+
+    recorded = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert (recorded['holdout'], recorded['holdout_share'], recorded['batch_size']) == (0, 0.2, 21)
+    moved = photos.rename(tmp_path / 'moved')
+    main(['--evaluate', str(folder), '--data-dir', str(moved)])
+    assert printed_result(capsys) == trained
+    moved = ['--resume', 'auto', '--data-dir', str(moved)]
+    main(['-c', str(folder / 'args.yaml'), *moved])
+    main([*flags, '-b', '64', *moved, '--output', str(tmp_path), '--experiment', 'run'])
+    (tmp_path / 'moved' / 'bee' / '4.png').rename(tmp_path / 'moved' / 'bee' / '5.png')
+    for argv in ['--evaluate', str(folder), *moved[2:]], ['-c', str(folder / 'args.yaml'), *moved]:
+        with pytest.raises(SystemExit, match='moved holds other images than when the run began'):
+            main(argv)
+
+
+def test_photographs_are_held_out_of_every_class(photos):
+    def split(*argv):
+        args = parse_args([str(photos), *argv])
+        train_part, eval_part, names = create_parts(args)
+        assert names == list(CLASSES) and set(train_part.indices).isdisjoint(eval_part.indices)
+        again = parse_args([str(photos), '--holdout', '0', '--holdout-share', str(args.holdout_share)])
+        assert create_parts(again)[1].indices == eval_part.indices
+        classes = class_numbers(eval_part.dataset)
+        return [Counter(classes[i] for i in part.indices) for part in (train_part, eval_part)]
+
+    assert split('--holdout', '13')[1].total() == 13
+    assert split('--holdout', '1')[1] == {0: 1, 1: 1, 2: 1}
+    assert split('--holdout', '25')[0] == {0: 1, 1: 1, 2: 1}
+    assert split('--holdout-share', '0.5')[1].total() == 13
+
+
+@pytest.mark.parametrize('folders, message', [
+    (['a/cat', 'a/dog'], 'a folder of images for each of several classes, and has a$'),
+    (['cat', 'dog', 'train'], "no folder 'validation': it has cat, dog, train. Expected are train/<class>/ and "),
+    (['cat', 'dog', 'test'], "no folder 'train': it has cat, dog, test. Expected"),
+    (['Train/cat', 'Train/dog', 'Val/cat', 'Val/dog'], "no folder 'train': it has Train, Val. Expected"),
+    (['cat', ''], 'several classes, and has cat, and images outside of these folders$'),
+    ([], 'there are no images in .*photos$'),
+])
+def test_a_folder_that_is_neither_of_classes_nor_of_splits(images, tmp_path, folders, message):
+    (tmp_path / 'photos').mkdir()
+    for i, name in enumerate(folders):
+        (tmp_path / 'photos' / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / 'train' / 'cat' / '0.png', tmp_path / 'photos' / name / '0.png')
+    with pytest.raises(SystemExit, match=message):
+        main([str(tmp_path / 'photos'), '--model', 'test_resnet', '--output', str(tmp_path / 'out')])
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_class_of_one_photograph(photos, tmp_path):
+    (photos / 'a\x1b[31mpe').mkdir()
+    shutil.copy(photos / 'bee' / '0.png', photos / 'a\x1b[31mpe')
+    with pytest.raises(SystemExit, match=r'one to evaluate on is the least, and there is only one of a\\x1b\[31mpe'):
+        main([str(photos), '--output', str(tmp_path / 'out')])
+
+
+def test_classes_of_splits_have_timms_numbers(images, tmp_path):
+    """The folder that an image lies in is its class, and numbers are in the order of numbers."""
+    for name in 'x/10', 'x/9', 'b', 'A', 'y/9':
+        shutil.copytree(images / 'train' / 'cat', tmp_path / 'train' / name)
+    timms = timm.data.create_dataset('', root=tmp_path, split='train').reader
+    ours = FolderReader(str(tmp_path / 'train'))
+    assert ours.class_to_idx == timms.class_to_idx == {'9': 0, '10': 1, 'A': 2, 'b': 3}
+    assert ours.samples == timms.samples
+
+
 # Other images in some epochs
 
 @pytest.fixture
@@ -746,6 +839,12 @@ def test_too_small_images(flags, tmp_path):
     with pytest.raises(SystemExit, match='--train-sizes 8: .*too small'):
         main([*flags, '--model', 'vgg11_conv2d', '--img-size', '32', '--train-sizes', '8', '--output', str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+def test_compiling_is_announced(flags, tmp_path, caplog):
+    caplog.set_level('INFO', 'convnn_timm')
+    main([*flags, '--epochs', '1', '--torchcompile', 'eager', '--output', str(tmp_path)])
+    assert 'the first batches take a while: eager compiles the model for them' in caplog.text
 
 
 # Lower precision
@@ -862,7 +961,7 @@ def test_a_finished_run_is_trained_further(flags, short, tmp_path, monkeypatch):
         return {path: path.stat().st_mtime_ns for path in short.rglob('*')}
 
     flags, before = [*flags, *SHORT, *LONGER, '--output', str(tmp_path)], files()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='--resume auto'):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='^130$'):
         patch.setattr(train, 'train_one_epoch', Mock(side_effect=KeyboardInterrupt))
         main([*flags, '--resume', str(short / 'last.pth.tar'), '--experiment', 'longer'])
     longer = main([*flags, '--resume', 'auto', '--experiment', 'longer'])
@@ -914,23 +1013,33 @@ def test_a_longer_run_does_not_replace_the_finished_one(flags, short):
             *flags, *SHORT, *LONGER, '--output', str(short.parent), '--experiment', short.name, '--resume', 'auto'])
 
 
-def test_sigterm_leaves_a_run_that_can_go_on(flags, tmp_path):
-    script = textwrap.dedent("""
-        import os, signal, sys
+@pytest.mark.parametrize('number, extra', [
+    (signal.SIGTERM, []),
+    (signal.SIGINT, ['--no-cache', '--workers', '1']),
+])
+def test_a_signal_leaves_a_run_that_can_go_on(flags, tmp_path, number, extra):
+    script = textwrap.dedent(f"""
+        import os, sys
+        from multiprocessing import active_children
         from convnn_timm import train
         original, calls = train.evaluate, []
         def terminating(*args, **kwargs):
             calls.append(1)
             if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                batches = iter(args[1])
+                images, _ = next(batches)
+                for worker in active_children():  # they hear Ctrl-C too, and go on
+                    os.kill(worker.pid, {number})
+                assert len(images) + sum(len(images) for images, _ in batches) == 51
+                os.kill(os.getpid(), {number})
             return original(*args, **kwargs)
         train.evaluate = terminating
         train.main(sys.argv[1:])
     """)
     ended = subprocess.run(
-        [sys.executable, '-c', script, *flags, '--output', 'out', '--experiment', 'run'],
+        [sys.executable, '-c', script, *flags, *extra, '--output', 'out', '--experiment', 'run'],
         capture_output=True, text=True, cwd=tmp_path)
-    assert ended.returncode == 1 and 'Traceback' not in ended.stderr
+    assert ended.returncode == 128 + number and 'Traceback' not in ended.stderr
     command = ended.stderr.strip().splitlines()[-1]
     assert command == 'interrupted; continue with: convnn-timm train -c out/run/args.yaml --resume auto'
     assert len((tmp_path / 'out' / 'run' / 'summary.csv').read_text().split()) == 2
