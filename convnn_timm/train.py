@@ -240,6 +240,8 @@ def create_model(args: argparse.Namespace, resumed: bool = False) -> nn.Module:
             _logger.info(convert(model, **args.convert))
         return model
     except RuntimeError as error:
+        if 'No pretrained weights exist' in str(error):
+            raise UsageError(f'{args.model} has no pretrained weights: --no-pretrained draws random ones') from error
         if not weights:
             raise
         raise UsageError(

@@ -174,7 +174,7 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
     if '[' in split and source != 'hfds':
         raise UsageError(f'{split!r}: only hfds/ data sets have parts of a split; --holdout evaluates on a part')
     if not args.dataset and not os.path.isdir(args.data_dir):
-        raise UsageError(f'there is no folder {args.data_dir}')
+        raise UsageError(f'there is no folder {printable(args.data_dir)}')
     if not args.dataset:
         # Where a folder lacks the split, timm opens all of it, training and test images together.
         folder = _search_split(args.data_dir, split)

@@ -266,7 +266,7 @@ def test_command_line_beats_what_a_recipe_says_in_other_words(tmp_path, caplog):
 
 
 def test_recipes_of_the_package():
-    assert recipe_names() == ['cifar10', 'digits', 'imagenet', 'paper_vgg11']
+    assert recipe_names() == ['cifar10', 'digits', 'finetune', 'imagenet', 'paper_vgg11']
     short, long = (vars(parse_args(['-c', name, 'x'])) for name in ('cifar10', 'cifar10.yaml'))
     assert {**short, 'config': ''} == {**long, 'config': ''}
     for name in recipe_names():
@@ -349,6 +349,7 @@ def test_a_missing_split_is_not_replaced_by_all_images(flags, tmp_path, argv, me
     (['--model', 'resnet18_convn'], r"unknown model 'resnet18_convn'; did you mean .*resnet18_convnn\b.*\?"),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'colour=3'], 'resnet18_convnn: .*colour'),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'K=0'], 'resnet18_convnn: .*K'),
+    (['--model', 'resnet18_convnn', '--pretrained'], 'resnet18_convnn has no pretrained weights: --no-pretrained'),
 ])
 def test_wrong_model(flags, tmp_path, argv, message):
     with pytest.raises(SystemExit, match=message):
@@ -740,6 +741,18 @@ def test_photographs_are_split_trained_resumed_and_evaluated(flags, photos, tmp_
     for argv in ['--evaluate', str(folder), *moved[2:]], ['-c', str(folder / 'args.yaml'), *moved]:
         with pytest.raises(SystemExit, match='moved holds other images than when the run began'):
             main(argv)
+
+
+def test_the_recipe_for_photographs_starts_from_published_weights(photos, tmp_path, capsys):
+    argv = ['-c', 'finetune', str(photos), '--img-size', '16', '--epochs', '1', '--output', str(tmp_path)]
+    folder = main([*argv, '--lr', '1e-9', '--warmup-lr', '1e-9', '--experiment', 'run'])
+    result = printed_result(capsys)
+    tuned = load_file(folder / 'model' / 'model.safetensors')
+    published = timm.create_model('resnet18_convnn_branching.cifar10', pretrained=True).state_dict()
+    torch.testing.assert_close(tuned['layer4.0.conv1.branch2.weight'], published['layer4.0.conv1.branch2.weight'])
+    assert tuned['fc.weight'].shape == (3, 512)
+    main(['--evaluate', str(folder)])
+    assert printed_result(capsys) == result
 
 
 def test_photographs_are_held_out_of_every_class(photos):
