@@ -307,9 +307,8 @@ def train(argv: List[str]) -> int:
         main(argv)
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            interrupted = isinstance(stop.__context__, KeyboardInterrupt)
-            raise CommandError(stop.code.removeprefix('error: '), INTERRUPTED if interrupted else 1) from stop
-        raise
+            raise CommandError(stop.code.removeprefix('error: ')) from stop
+        return stop.code or 0  # of --help, a wrong call or an interruption, of which the trainer has told
     return 0
 
 

@@ -131,8 +131,7 @@ def interrupt(*args, **kwargs):
 
 
 @pytest.mark.parametrize('command, inside', [
-    ('list', 'timm.list_models'), ('train --data-dir data', 'convnn_timm.train.train'),
-    ('run conftest.py', 'convnn_timm.autoload.run_script'),
+    ('list', 'timm.list_models'), ('run conftest.py', 'convnn_timm.autoload.run_script'),
 ])
 def test_interrupted(capsys, monkeypatch, command, inside):
     monkeypatch.setattr(inside, interrupt)
