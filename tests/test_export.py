@@ -2,6 +2,7 @@
 
 Whole ResNets take minutes to export, so by default these are of two blocks; `-m slow` runs the whole ones.
 """
+import io
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from torch.fx.experimental.optimization import fuse
 from torchvision.models import feature_extraction
 from torchvision.transforms.functional import normalize, to_tensor
 
+from convnn_timm import layers
 from convnn_timm.layers import Branching1d, ConvNN1d, ConvNNAttention1d
 from convnn_timm.models.convnn_resnet import ConvNNBasicBlock
 from convnn_timm.onnx_export import TOLERANCE, compare_onnx, export_onnx, sensitivity
@@ -143,10 +145,70 @@ def test_torch_fx_records_layers_for_sequences():
         assert torch.equal(y if isinstance(y, torch.Tensor) else y['last'], net(x))
 
 
+# Layers of each kind, on maps or sequences of 4 channels.
+CHAIN = [
+    *((kind, options) for kind in ('ConvNN2d', 'ConvNNAttention2d', 'Branching1d', 'BranchingAttention2d')
+      for options in ({}, dict(sampling_type='spatial', num_samples=4), dict(magnitude_type='euclidean'))),
+    ('ConvNN2d', dict(similarity_type='Loc')), ('ConvNN2d', dict(aggregation_type='Loc_Col')),
+    ('ConvNN2d', dict(similarity_type='Loc_Col', padding=0)),  # zeros around would be equally far but for rounding
+    ('ConvNN2d', dict(dilation=2, padding=2)), ('ConvNN2d', dict(groups=2, stride=2)),
+    ('Branching1d', dict(shuffle_pattern='BA', shuffle_scale=2)), ('CoordConv2d', dict(aggregation_type='Loc_Col')),
+]
+
+
+def chain(kind, options, length=2):
+    """Layers of one kind in a row, and what makes batches for them."""
+    layer = getattr(layers, kind)
+    if kind != 'CoordConv2d':
+        options = {'K': 4, **options}
+    net = nn.Sequential(*[layer(4, 4, **options) for _ in range(length)]).eval()
+    return net, lambda n: torch.randn(n, 4, *((8, 8) if kind.endswith('2d') else (16,)))
+
+
+@pytest.mark.parametrize('kind, options, training', [
+    *((*case, False) for case in CHAIN), ('ConvNN2d', {}, True), ('BranchingAttention2d', {}, True)])
+def test_what_torch_export_saves_it_loads(kind, options, training):
+    """With gradients on, as they are by default; any batch."""
+    net, batch = chain(kind, options)
+    net.train(training)
+    program = torch.export.export(net, (batch(2),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in 1, 2, 5:
+        x, results = batch(n), []
+        for module in loaded, net:
+            torch.manual_seed(0)
+            results.append(module(x))
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize('kind, options, length, exported_at', [
+    *((*case, 2, 2) for case in CHAIN), ('ConvNN2d', {}, 3, 1), ('BranchingAttention2d', {}, 3, 1)])
+def test_torchs_older_onnx_exporter_takes_any_batch(kind, options, length, exported_at):
+    """The one that traces, which timm's onnx_export.py uses unless it is told otherwise."""
+    onnx_packages()
+    import onnxruntime
+
+    net, batch = chain(kind, options, length)
+    file = io.BytesIO()
+    torch.onnx.export(
+        net, (batch(exported_at),), file, dynamo=False, input_names=['x'], opset_version=17,
+        dynamic_axes={'x': {0: 'n'}})
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    for n in 1, 2, 3, 5:
+        x = batch(n)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {'x': x.numpy()})[0]), net(x).detach())
+
+
+def onnx_packages():
+    for name in 'onnx', 'onnxscript', 'onnxruntime':
+        pytest.importorskip(name, reason=f"needs {name}: pip install 'convnn-timm[test]'")
+
+
 def agreement(model, path, size, dynamic):
-    pytest.importorskip('onnx', reason="needs onnx: pip install 'convnn-timm[test]'")
-    pytest.importorskip('onnxscript', reason="needs onnxscript: pip install 'convnn-timm[test]'")
-    pytest.importorskip('onnxruntime', reason="needs onnxruntime: pip install 'convnn-timm[test]'")
+    onnx_packages()
     export_onnx(model, path, (3, size, size), batch=3, dynamic_batch=dynamic)
     images = photos(16, size)
     return compare_onnx(model, path, images), images

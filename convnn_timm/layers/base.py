@@ -153,7 +153,8 @@ class NeighborLayer(ScriptedWhole):
 
     def to_map(self, y: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Output tokens (B, Q, C) of the unpadded map `size` as a map (B, C, *size / stride)."""
-        return y.unflatten(1, [ceil_div(n, self.stride) for n in size]).movedim(self.axes + 1, 1)
+        # (Not unflatten: torch's TorchScript exporter to ONNX makes the batch that it sees there a constant.)
+        return y.reshape(y.shape[0], *[ceil_div(n, self.stride) for n in size], y.shape[2]).movedim(self.axes + 1, 1)
 
     def leave_map(self, y: torch.Tensor) -> torch.Tensor:
         return shuffle(y, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else y

@@ -53,7 +53,6 @@ def knn(
         return index, score * inverse_norm(widen(query)) if square is None else score - square.unsqueeze(-1)
 
 
-@torch.no_grad()
 def knn_index(
         query: torch.Tensor,
         candidates: torch.Tensor,
@@ -63,8 +62,8 @@ def knn_index(
 ) -> torch.Tensor:
     """The indices (B, Q, k) of `knn` alone, for less: scores need every norm. Arguments and errors are its own."""
     _check(query, candidates, k, metric, exclude)
-    with no_autocast(query):
-        return _rank(query, candidates, k, metric, exclude)[1]
+    with no_autocast(query):  # detached, for torch.export cannot load a network with one no_grad inside another
+        return _rank(query.detach(), candidates.detach(), k, metric, exclude)[1]
 
 
 def _check(

@@ -84,6 +84,7 @@ def neighbor_conv(
     gathered = x[torch.arange(x.shape[0], device=x.device)[:, None, None], index]  # B, Q, K, C
     if score is not None:
         gathered = gathered * score.unsqueeze(-1)
-    y = torch.einsum('bqkgc,gock->bqgo', gathered.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1)))
-    y = y.flatten(2)
+    # (Not unflatten: torch's TorchScript exporter to ONNX makes the batch that it sees there a constant.)
+    gathered = gathered.reshape(*index.shape, groups, x.shape[2] // groups)
+    y = torch.einsum('bqkgc,gock->bqgo', gathered, weight.unflatten(0, (groups, -1))).flatten(2)
     return y if bias is None else y + bias
