@@ -230,6 +230,58 @@ def test_knn_ranks_what_is_hardly_a_number_as_the_definition_does(by_convolution
     torch.testing.assert_close(score[usual], expected_score[usual], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.fixture(params=[False, True], ids=['', 'onnx'])
+def as_for_onnx(request, monkeypatch):
+    """Selection in the standard operators of ONNX too."""
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: request.param)
+
+
+def huge(case, M, dtype):
+    """Tokens (2, M, 4) whose squares float32 cannot hold, some or all of them."""
+    x = tokens(2, M, 4)
+    if case == 'all':
+        x *= 1e20
+    elif case == 'infinite distances':  # too coarse for finite ones
+        x *= 1e37
+    elif case == 'groups':  # near each other, but far from 0
+        x[:, ::2] = 1e20 * (1 + x[:, ::2] / 20)
+    elif case == 'products':  # squares fit, twice their products do not
+        x = 1e19 + 3e18 * x
+    elif case == 'outliers':
+        x[:, 3], x[:, 5] = 1e30, -1e30
+    elif case == 'infinite':
+        x[:, 2:10] = torch.inf
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('M', [20, 200])
+@pytest.mark.parametrize('case', ['all', 'infinite distances', 'groups', 'products', 'outliers', 'infinite'])
+def test_knn_takes_the_excluded_candidate_last(least_columns, as_for_onnx, case, M, dtype):
+    """Also where squares overflow, be it those of all others."""
+    x, own = huge(case, M, dtype), torch.arange(M)
+    for metric in 'cosine', 'euclidean':
+        for index in knn(x, x, M, metric, own)[0], reference.knn(x.float(), x.float(), M, metric, own)[0]:
+            assert (index[..., -1] == own).all()
+        assert not (knn(x, x, M - 1, metric, own)[0] == own.unsqueeze(1)).any()
+
+
+@pytest.mark.parametrize('case', ['all', 'groups', 'products'])
+def test_euclidean_knn_selects_as_without_an_overflow(chunk_bytes, least_columns, as_for_onnx, case):
+    x, own = huge(case, 40, torch.float32), torch.arange(40)
+    index, score = knn(x, x, 9, 'euclidean', own)
+    expected, expected_score = reference.knn(x.double(), x.double(), 9, 'euclidean', own)
+    assert torch.equal(index, expected) and torch.equal(knn_index(x, x, 9, 'euclidean', own), index)
+    torch.testing.assert_close(score, expected_score.float(), rtol=1e-3, atol=1e-3)  # -inf where float32 ends
+    usual, grads = expected_score.float().isfinite(), []
+    for find, x in (knn, x), (reference.knn, x.double()):
+        x.requires_grad_()
+        find(x, x, 9, 'euclidean', own)[1][usual].sum().backward()
+        grads.append(x.grad.double())
+    assert usual.any() == (case != 'all')
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3 * float(grads[1].abs().max()))
+
+
 @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
 def test_knn_takes_any_memory_layout(metric):
     query, candidates = tokens(3, 5, 20).mT, tokens(1, 30, 10)[:, ::2, ::2].expand(3, -1, -1)

@@ -138,6 +138,12 @@ class TestKernels:
         exclude = torch.arange(12, device=DEVICE)[::2]
         self.check_knn(tokens(2, 4, 6).mT, tokens(2, 4, 9).mT, tokens(9, 2).T, exclude, 3)
 
+    def test_knn_takes_the_excluded_candidate_last_where_squares_overflow(self):
+        x, own = 1e20 * tokens(1, 20, 4), torch.arange(20, device=DEVICE)
+        with paths.use_path('triton'):
+            index = ops.knn(x, x, 20, 'euclidean', own)[0]
+        assert torch.equal(index, reference.knn(x.double(), x.double(), 20, 'euclidean', own)[0])
+
     @staticmethod
     def run_neighbor_conv(B, T, C, O, Q, K, groups, dtype, scored, biased):
         """Kernels and the definition in float64 on the same inputs: output, gradients to x, weight and score."""

@@ -49,8 +49,12 @@ def knn(
     """
     _check(query, candidates, k, metric, exclude)
     with no_autocast(query):
-        score, index, square = _rank(query, candidates, k, metric, exclude)
-        return index, score * inverse_norm(widen(query)) if square is None else score - square.unsqueeze(-1)
+        score, index, measure = _rank(query, candidates, k, metric, exclude)
+        if measure is None:
+            return index, score * inverse_norm(widen(query))
+        square, scale = measure
+        score = score.masked_fill(score == torch.finfo(score.dtype).min, -torch.inf)
+        return index, (score - square.unsqueeze(-1)) / scale / scale
 
 
 def knn_index(
@@ -95,18 +99,24 @@ def _rank(
         k: int,
         metric: str,
         exclude: Optional[torch.Tensor],
-) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-    """Scores and indices (B, Q, k). Of scores by cosine a factor of each query is missing, its inverse norm, of those
-    by distance a summand, the last result (B, Q).
+) -> Tuple[torch.Tensor, torch.Tensor, Optional[Tuple[torch.Tensor, torch.Tensor]]]:
+    """Scores and indices (B, Q, k), and by distance how they were measured: squared norms (B, Q), and scale (B, 1, 1).
+
+    Of scores by cosine the inverse norm of each query is missing as a factor, of those by distance its squared norm as
+    a summand. The score of a candidate that is infinitely far is the least finite number: only the excluded one's is
+    -inf while they are ranked.
     """
     select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
     candidates = widen(candidates)
     if metric == 'cosine':
         return *select(query, candidates * inverse_norm(candidates), None, exclude, k), None
     origin = _origin(candidates)
-    query, query_square = _with_square(widen(query) - origin)
-    candidates, square = _with_square(candidates - origin)
-    return *select(query, 2 * candidates, -square, exclude, k), query_square
+    query, candidates = widen(query) - origin, candidates - origin
+    scale = _scale(query, candidates)
+    query, query_square = _with_square(query * scale)
+    candidates, square = _with_square(candidates * scale)
+    offset = (-square).clamp_min(torch.finfo(square.dtype).min)
+    return *select(query, 2 * candidates, offset, exclude, k), (query_square, scale)
 
 
 def _has_direction(query: torch.Tensor) -> torch.Tensor:
@@ -126,10 +136,29 @@ def _origin(candidates: torch.Tensor) -> torch.Tensor:
     return torch.where(middle.abs() > high - low, middle, 0)  # never where one is not finite
 
 
+def _scale(query: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """A factor (B, 1, 1) that keeps squares of both (B, N, C) from overflowing; 1 unless some would.
+
+    It is not so small that ordinary features vanish beside a huge one. What stays too long then has no finite distance
+    to others: its numbers are too coarse.
+    """
+    longest = torch.cat([torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1) for x in (query, candidates)], dim=1)
+    longest = torch.where(longest < torch.inf, longest, 0).amax(dim=1)
+    finfo = torch.finfo(query.dtype)
+    most = (_longest_square(query) / query.shape[2]) ** 0.5
+    return (most / longest).clamp(finfo.eps / 512, 1.)[:, None, None]
+
+
+def _longest_square(x: torch.Tensor) -> float:
+    """The largest squared norm whose sums with other such numbers are finite."""
+    return torch.finfo(x.dtype).max / 8
+
+
 def _with_square(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Rows (B, N, C) and their squared norm (B, N). Infinitely long rows are zeros, for inf - inf would rank as NaN."""
+    """Rows (B, N, C) and their squared norm (B, N). Rows that are too long are zeros whose squared norm is infinite."""
     square = x.square().sum(-1)
-    return x.masked_fill(square.isinf().unsqueeze(-1), 0), square
+    too_long = square > _longest_square(x)
+    return x.masked_fill(too_long.unsqueeze(-1), 0), square.masked_fill(too_long, torch.inf)
 
 
 @torch.library.custom_op('convnn_timm::knn', mutates_args=())
@@ -142,7 +171,8 @@ def _knn(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k).
 
-    Computed in the candidates' dtype, which may be wider. Without an offset a query without direction scores 0.
+    Computed in the candidates' dtype, which may be wider. Without an offset a query without direction scores 0. The
+    excluded candidate ranks as -inf: it comes last, for the scores of others are more.
     """
     if choose('knn', candidates, k) == 'triton':
         from .triton.knn import knn as triton_knn

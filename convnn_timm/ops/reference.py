@@ -36,11 +36,11 @@ def knn(
         score = (query * inverse_norm(query)) @ (candidates * inverse_norm(candidates)).mT
     else:
         score = -(query.unsqueeze(2) - candidates.unsqueeze(1)).square().sum(-1)
-    rank = score.detach()
-    if exclude is not None:
-        excluded = exclude.unsqueeze(1) == torch.arange(candidates.shape[1], device=query.device)
-        rank = rank.masked_fill(excluded, -torch.inf)
-    index = rank.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    index = score.detach().sort(dim=-1, descending=True, stable=True).indices
+    if exclude is not None:  # behind the others
+        excluded = index == exclude.unsqueeze(1)
+        index = index.gather(-1, excluded.byte().sort(dim=-1, stable=True).indices)
+    index = index[..., :k]
     return index, score.gather(-1, index)
 
 
