@@ -706,6 +706,45 @@ def test_forward_mode_is_refused(op, arguments):
         assert change(reference).abs().sum() > 0.1
 
 
+def of_selected(ops):
+    """Functions of tokens through each op, and through both."""
+    index = torch.randint(6, (2, 5, 3), generator=torch.Generator().manual_seed(0))
+    weight, bias = tokens(6, 4, 3, seed=1), tokens(6, seed=2)
+
+    def both(x, metric):
+        index, score = ops.knn(x, x, 3, metric, torch.arange(6))
+        return ops.neighbor_conv(x, index, weight, bias, score)
+
+    return [
+        lambda x: ops.knn(x, x, 3)[1], lambda x: ops.neighbor_conv(x, index, weight, bias),
+        lambda x: both(x, 'cosine'), lambda x: both(x, 'euclidean')]
+
+
+@pytest.mark.parametrize('transform', [
+    lambda f: torch.func.grad(lambda x: f(x).square().sum()),
+    lambda f: lambda x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
+    lambda f: torch.func.jacrev(f),
+    lambda f: lambda x: torch.vmap(f)(torch.stack([x, 2 * x, x.flip(1)])),
+    lambda f: lambda x: torch.vmap(torch.func.grad(lambda x: f(x).square().sum()))(torch.stack([x, x.flip(1)])),
+], ids=['grad', 'vjp', 'jacrev', 'vmap', 'vmap of grad'])
+@pytest.mark.parametrize('which', range(4), ids=['knn', 'neighbor_conv', 'both by cosine', 'both by distance'])
+def test_transforms_of_torch_func_go_through(transform, which):
+    x = tokens(2, 6, 4)
+    found, expected = (transform(of_selected(ops)[which])(x) for ops in (convnn_timm.ops, reference))
+    assert expected.abs().sum() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('op', range(2))
+def test_second_derivatives_of_torch_func_are_refused(op):
+    f = of_selected(convnn_timm.ops)[op]
+    first = torch.func.grad(lambda x: f(x).square().sum())
+    with pytest.raises(RuntimeError, match='ConvNN layers have a first derivative only'):
+        torch.func.grad(lambda x: first(x).sum())(tokens(2, 6, 4))
+    with pytest.raises(RuntimeError, match='ConvNN layers have derivatives in reverse mode only'):
+        torch.func.hessian(lambda x: f(x).square().sum())(tokens(2, 6, 4))
+
+
 def test_ops_pass_pytorchs_own_checks():
     """Schema, fake kernels, autograd registration and tracing, by torch.library.opcheck."""
     x, index = tokens(2, 6, 4).requires_grad_(), torch.randint(6, (2, 5, 3))

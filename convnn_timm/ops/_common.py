@@ -1,7 +1,7 @@
 """What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, which derivatives."""
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 import torch
 import torch.library
@@ -130,20 +130,41 @@ def cast_under_autocast(op: str, dtype: Callable[[str], torch.dtype]) -> None:
         _library.impl(op, rule, f'Autocast{device.upper()}')
 
 
-def once_differentiable(backward_op: torch.library.CustomOpDef) -> None:
-    """Make a second derivative through an op's backward a clear error."""
+def differentiable(op: torch.library.CustomOpDef, backward: Callable, setup_context: Callable) -> Callable:
+    """Register an op's backward; return what calls the op so that torch.func's grad, vjp and jacrev find it too."""
+    op.register_autograd(backward, setup_context=setup_context)
+    methods = dict(forward=op, setup_context=setup_context, backward=backward, jvp=_no_forward_mode)
+    function = type(
+        op._name, (torch.autograd.Function,),
+        {'generate_vmap_rule': True, **{name: staticmethod(method) for name, method in methods.items()}})
+
+    def call(*args):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return op(*args)
+
+    return call
+
+
+def once_differentiable(backward_op: torch.library.CustomOpDef) -> Callable:
+    """Make a second derivative through an op's backward a clear error; return what calls it."""
 
     def refuse(ctx, *grads):
         raise RuntimeError(
-            'ConvNN layers have a first derivative only: torch.autograd.grad(..., create_graph=True) cannot go through '
-            'them. convnn_timm.ops.reference has definitions of the ops that can be differentiated twice.')
+            'ConvNN layers have a first derivative only: torch.autograd.grad(..., create_graph=True) and '
+            'torch.func.grad of a gradient cannot go through them. convnn_timm.ops.reference has definitions of the '
+            'ops that can be differentiated twice.')
 
-    backward_op.register_autograd(refuse)
+    return differentiable(backward_op, refuse, lambda ctx, inputs, output: None)
 
 
 def refuse_forward_mode(*tensors: Optional[torch.Tensor]) -> None:
     """Make a derivative in forward mode, which torch would take for zero, a clear error."""
     if any(tensor is not None and unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            'ConvNN layers have derivatives in reverse mode only: torch.func.jvp, jacfwd and other forward modes '
-            'cannot go through them. convnn_timm.ops.reference has definitions of the ops that have both.')
+        _no_forward_mode()
+
+
+def _no_forward_mode(*args) -> NoReturn:
+    raise RuntimeError(
+        'ConvNN layers have derivatives in reverse mode only: torch.func.jvp, jacfwd, hessian and other forward modes '
+        'cannot go through them. convnn_timm.ops.reference has definitions of the ops that have both.')

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ._common import (
-    batch_chunks, cast_under_autocast, chunk_bytes, full_float32, no_autocast, once_differentiable,
+    batch_chunks, cast_under_autocast, chunk_bytes, differentiable, full_float32, no_autocast, once_differentiable,
     refuse_forward_mode, widen)
 from .paths import choose
 from .products import convolves, rows_by_rows
@@ -106,7 +106,7 @@ def _rank(
     a summand. The score of a candidate that is infinitely far is the least finite number: only the excluded one's is
     -inf while they are ranked.
     """
-    select = _knn_onnx if torch.onnx.is_in_onnx_export() else _knn
+    select = _knn_onnx if torch.onnx.is_in_onnx_export() else _differentiable_knn
     candidates = widen(candidates)
     if metric == 'cosine':
         return *select(query, candidates * inverse_norm(candidates), None, exclude, k), None
@@ -266,11 +266,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _):
     query, candidates, index = ctx.saved_tensors
-    grad_query, grad_candidates, grad_offset = _knn_backward(grad, query, candidates, index)
+    grad_query, grad_candidates, grad_offset = _first_backward(grad, query, candidates, index)
     return grad_query, grad_candidates, grad_offset if ctx.has_offset else None, None, None
 
 
-_knn.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_knn = differentiable(_knn, _backward, _setup_context)
 
 
 @torch.library.custom_op('convnn_timm::knn_backward', mutates_args=())
@@ -303,7 +303,7 @@ def _(grad, query, candidates, index):
     return torch.empty_like(query), torch.empty_like(candidates), candidates.new_empty(candidates.shape[:2])
 
 
-once_differentiable(_knn_backward)
+_first_backward = once_differentiable(_knn_backward)
 
 
 @register_flop_formula(torch.ops.convnn_timm.knn)

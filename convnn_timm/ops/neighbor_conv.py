@@ -13,7 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from ._common import (
-    batch_chunks, cast_under_autocast, chunk_bytes, no_autocast, once_differentiable, refuse_forward_mode, widen)
+    batch_chunks, cast_under_autocast, chunk_bytes, differentiable, no_autocast, once_differentiable,
+    refuse_forward_mode, widen)
 from .paths import choose
 from .products import columns_by_columns, rows_by_columns, rows_by_rows
 
@@ -60,7 +61,7 @@ def neighbor_conv(
     score = None if score is None else score.to(x.dtype)
     if torch.onnx.is_in_onnx_export():  # standard operators
         return reference.neighbor_conv(x, index, weight, bias, score, groups)
-    return _neighbor_conv(x, index, weight, bias, score, groups)
+    return _differentiable_conv(x, index, weight, bias, score, groups)
 
 
 @torch.library.custom_op('convnn_timm::neighbor_conv', mutates_args=())
@@ -313,7 +314,7 @@ def _backward(ctx, grad):
     of_x, _, of_weight, of_bias, of_score, _ = ctx.needs_input_grad
     grad_x = grad_weight = grad_score = None
     if of_x or of_weight or of_score:
-        grad_x, grad_weight, grad_score = _neighbor_conv_backward(
+        grad_x, grad_weight, grad_score = _first_backward(
             grad, x, index, weight, score, ctx.groups, of_x, of_weight)
     grad_bias = grad.sum((0, 1)).to(ctx.bias_dtype) if of_bias else None
     return (
@@ -321,7 +322,7 @@ def _backward(ctx, grad):
         grad_score if of_score else None, None)
 
 
-_neighbor_conv.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_conv = differentiable(_neighbor_conv, _backward, _setup_context)
 
 
 @torch.library.custom_op('convnn_timm::neighbor_conv_backward', mutates_args=())
@@ -362,7 +363,7 @@ def _(grad, x, index, weight, score, groups, of_x, of_weight):
         x.new_empty(0 if score is None else index.shape))
 
 
-once_differentiable(_neighbor_conv_backward)
+_first_backward = once_differentiable(_neighbor_conv_backward)
 
 
 @register_flop_formula(torch.ops.convnn_timm.neighbor_conv)
