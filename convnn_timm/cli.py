@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -596,6 +597,7 @@ def export_onnx(args: argparse.Namespace) -> int:
         transform, mode, size = preprocessing(model, args.img_size)
         photos = {name: transform(photo) for name, photo in check_photos(args.check, mode)} if runtime else {}
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        print(f'convnn-timm: exporting {args.model}, which takes minutes if it is large', file=sys.stderr)
         onnx_export.export_onnx(model, args.output, size, args.batch, args.dynamic_batch, opset)
     shape = ' x '.join(map(str, ('any number' if args.dynamic_batch else args.batch, *size)))
     print(f'{args.output}: opset {opset}, images {shape}, {args.output.stat().st_size / 1e6:.1f} MB')
@@ -607,16 +609,19 @@ def export_onnx(args: argparse.Namespace) -> int:
 
     agreed = status = 0
     pixels, tolerance = torch.stack(list(photos.values())), onnx_export.TOLERANCE
-    for name, image, difference in zip(photos, pixels, onnx_export.compare_onnx(model, args.output, pixels).tolist()):
+    print(f'convnn-timm: comparing with PyTorch on {len(photos)} images', file=sys.stderr)
+    differences, same_class = (found.tolist() for found in onnx_export.compare_onnx(model, args.output, pixels))
+    for name, image, difference, same in zip(photos, pixels, differences, same_class):
         verdict = 'agrees'
-        if not difference <= tolerance:  # NaN too
+        if not (difference <= tolerance and same):  # NaN too
             moved = onnx_export.sensitivity(model, image.unsqueeze(0)).item()
             status = status if moved > tolerance else 1
             verdict = 'DIFFERS'
             if moved > tolerance:
                 verdict = f"tells nothing: PyTorch's own logits move by {moved:.1g} if pixels change by a millionth"
         agreed += verdict == 'agrees'
-        print(f'{name}: logits of onnxruntime and PyTorch are {difference:.1g} apart, {verdict}')
+        found = 'same class' if same else 'ANOTHER CLASS'
+        print(f'{name}: {found}, logits of onnxruntime and PyTorch are {difference:.1g} apart, {verdict}')
     print(f'{agreed} of {len(photos)} images agree to {tolerance:g}')
     if status:
         raise CommandError(f'{args.output} does not compute what {args.model} computes')
@@ -689,10 +694,17 @@ def load_or_draw_model(name: str) -> 'nn.Module':
 
 
 def check_outputs(paths: List[Path], force: bool) -> None:
-    """Refuse to replace files without being told to, before any work is done."""
+    """Refuse what cannot be written, and to replace files without being told to, before any work is done."""
     for path in paths:
+        if path.is_dir():
+            raise CommandError(f'{path} is a folder: name a file')
         if path.exists() and not force:
             raise CommandError(f'{path} exists; --force replaces it')
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise CommandError(f'cannot write {path}: {folder}: {error.strerror}') from error
 
 
 def point(text: str) -> Tuple[int, int]:

@@ -26,7 +26,7 @@ def export_onnx(
 
     Args:
         model: A network on the CPU in evaluation mode, (batch, *input_size) -> (batch, classes).
-        path: The file, replaced if it is there.
+        path: The file, replaced if it is there, once the new one is complete.
         input_size: Channels, height and width of the images.
         batch: Number of images that the file takes at a time.
         dynamic_batch: Any number of images instead.
@@ -51,22 +51,34 @@ def export_onnx(
             of = ' with any number of images; try a fixed one' if dynamic_batch else ''
             why = str(error.__cause__ or error).strip().splitlines()
             raise ValueError(f'torch cannot export this network{of}: {why[0]}') from error
-    program.save(path, external_data=False)
+    partial = path.with_name(f'{path.name}.part')
+    try:
+        program.save(partial, external_data=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> torch.Tensor:
-    """Largest difference of a logit between onnxruntime and PyTorch, (N,), of images (N, *input_size)."""
+def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Compare onnxruntime with PyTorch on images (N, *input_size).
+
+    Returns:
+        The largest difference of a logit, and whether both give the same class, (N,) each.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     name, batch = session.get_inputs()[0].name, session.get_inputs()[0].shape[0]
     batch = batch if isinstance(batch, int) else min(len(images), IMAGES_AT_ONCE)
-    padded, differences = torch.cat([images, images[-1:].expand(-len(images) % batch, -1, -1, -1)]), []
+    padded = torch.cat([images, images[-1:].expand(-len(images) % batch, -1, -1, -1)])
+    differences, same = [], []
     for part in padded.split(batch):
         found = torch.from_numpy(session.run(None, {name: part.numpy()})[0])
         with torch.no_grad():
-            differences.append((found - model(part)).abs().amax(1))
-    return torch.cat(differences)[:len(images)]
+            expected = model(part)
+        differences.append((found - expected).abs().amax(1))
+        same.append(found.argmax(1) == expected.argmax(1))
+    return torch.cat(differences)[:len(images)], torch.cat(same)[:len(images)]
 
 
 @torch.no_grad()
