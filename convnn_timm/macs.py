@@ -1,13 +1,15 @@
 """Size and cost of a model: parameters, and multiply-accumulates counted operator by operator."""
 from contextlib import contextmanager
-from typing import Iterator, Tuple
+from typing import Callable, Dict, Iterator, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-__all__ = ['count_macs', 'count_parameters', 'evaluation_mode']
+import convnn_timm.ops  # noqa: F401, registers its operators' formulas
+
+__all__ = ['count_macs', 'count_parameters', 'evaluation_mode', 'fvcore_handles']
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -41,6 +43,25 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
+
+
+def fvcore_handles() -> Dict[str, Callable]:
+    """Teach fvcore what ConvNN's operators cost, for it counts those that it does not know as nothing.
+
+    `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())` counts them, as all else, in
+    multiply-accumulates.
+
+    Returns:
+        What counts each operator, by its name.
+    """
+    def counter(op: torch._ops.OpOverloadPacket) -> Callable:
+        def count(inputs, outputs) -> int:
+            shapes = [value.type().sizes() if value.isCompleteTensor() else None for value in inputs]
+            return flop_registry[op](*shapes) // 2
+        return count
+
+    ops = torch.ops.convnn_timm.knn, torch.ops.convnn_timm.neighbor_conv
+    return {f'convnn_timm::{op.__name__}': counter(op) for op in ops}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 
 import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import ConvNN2d
-from convnn_timm.macs import count_macs
+from convnn_timm.macs import count_macs, fvcore_handles
 
 
 @pytest.mark.parametrize('layer, input_size, macs', [
@@ -33,6 +33,18 @@ def test_neighbours_are_counted():
         for ratio in (0., 0.5)
     )
     assert hybrid > 1.05 * plain
+
+
+@pytest.mark.parametrize('layer', ['convnn_branching', 'convnn_attn'])
+def test_fvcore_counts_the_same_with_handles(layer):
+    fvcore = pytest.importorskip('fvcore.nn', reason='fvcore is not installed')
+    model = timm.create_model(f'resnet18_{layer}', channels=(8, 8, 16, 16), num_classes=5).eval()
+    analysis = fvcore.FlopCountAnalysis(model, torch.zeros(1, 3, 16, 16)).unsupported_ops_warnings(False)
+    counts = analysis.set_op_handle(**fvcore_handles()).by_operator()
+    assert counts['knn'] and counts['neighbor_conv']
+    counts = {name: count for name, count in counts.items() if name not in ('batch_norm', 'adaptive_avg_pool2d')}
+    assert sum(counts.values()) == count_macs(model, (3, 16, 16))
+    assert not any('convnn' in name for name in analysis.unsupported_ops())
 
 
 def test_what_is_found_once_is_not_counted():
