@@ -108,6 +108,12 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
 
 def unfinished(folder: Path) -> str:
     """What to say of a run without a model."""
+    args = yaml.safe_load((folder / 'args.yaml').read_text()) if (folder / 'args.yaml').is_file() else None
+    if isinstance(args, dict) and 'eval_metric' in args:  # an argument that is recorded by timm and not here
+        weights = next((name for name in ('model_best.pth.tar', 'last.pth.tar') if (folder / name).is_file()), 'FILE')
+        return f"{folder} is a run of timm's train.py, which records neither classes nor environment. Its weights " \
+            f'load with --model {args.get("model")} --checkpoint {folder / weights}; to export it, train with ' \
+            'the same flags by convnn-timm train'
     if not (folder / 'last.pth.tar').is_file():
         return f'{folder} holds no finished run, and no checkpoint to finish one from'
     return f'{folder} is not finished. To finish it: convnn-timm train -c {folder}/args.yaml --resume auto'

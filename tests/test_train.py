@@ -218,6 +218,18 @@ def test_evaluating_a_run_repeats_its_result(run, capsys):
     assert printed_result(capsys) == f'top1 {float(last[5]):.2f} top5 100.00 (epoch 3, 51 images)'
 
 
+def test_export_recognises_a_run_of_timms_own_trainer(tmp_path):
+    """Its args.yaml, summary.csv and checkpoints have the names of ours."""
+    (tmp_path / 'args.yaml').write_text('model: resnet18_convnn\neval_metric: top1\nlog_wandb: false\n')
+    (tmp_path / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,1.5,1.2,50,90,0.1\n')
+    for name in 'last.pth.tar', 'model_best.pth.tar':
+        (tmp_path / name).touch()
+    with pytest.raises(hub.WeightsError) as error:
+        hub.export(tmp_path, 'colours')
+    assert f"{tmp_path} is a run of timm's train.py" in str(error.value)
+    assert f'--model resnet18_convnn --checkpoint {tmp_path}/model_best.pth.tar' in str(error.value)
+
+
 @pytest.mark.parametrize('parts, message', [
     (['last.pth.tar'], 'is not finished. To finish it: convnn-timm train -c .*args.yaml --resume auto'),
     (['summary.csv'], 'no checkpoint to finish one from'),
