@@ -201,7 +201,8 @@ def build_parser() -> Parser:
     sub.add_argument(
         '--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
     sub.add_argument(
-        '--output', type=Path, default='model_cards', metavar='DIR', help='where to make it (default: %(default)s)')
+        '--output', type=Path, metavar='DIR',
+        help='where to make it (default: model_cards of the checkout, RUN without one)')
     sub.add_argument(
         '--twin', type=Path, metavar='RUN',
         help='run of the convolution that the card compares it with, or the folder of its published weight')
@@ -211,7 +212,7 @@ def build_parser() -> Parser:
     sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
     sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
     sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
-    sub.add_argument('--force', action='store_true', help='replace a folder that is there and its line in the manifest')
+    sub.add_argument('--force', action='store_true', help='replace a folder that is there and its record')
 
     sub = add(
         'push', push, 'bring weights to the Hugging Face Hub, and check what arrived',
@@ -374,7 +375,8 @@ def export(args: argparse.Namespace) -> None:
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
         args.force, args.seeds)
-    print(f'{folder}, with a line in {_weights.MANIFEST}: read README.md, then publish it with: '
+    record = '' if (folder / hub.RECORD).is_file() else f', with a line in {_weights.MANIFEST}'
+    print(f'{folder}{record}: it loads as local-dir:{folder}. Read README.md, then publish it with: '
           f'convnn-timm push {folder}')
 
 
@@ -739,7 +741,7 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
     """
     import timm
     from convnn_timm.models._common import unknown_model
-    from convnn_timm.models._weights import HUB_FAILURES, WeightsError, explain, split_revision
+    from convnn_timm.models._weights import HUB_FAILURES, WeightsError, download, explain, explained, split_revision
 
     try:
         source, model_id = timm.models.parse_model_name(name)
@@ -749,6 +751,11 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
         raise CommandError(unknown_model(name), code=2)
     if source == 'local-dir' and (Path(model_id) / 'model' / 'config.json').is_file():
         raise CommandError(f'{model_id} is the folder of a run, its model is local-dir:{model_id}/model', code=2)
+
+    if source == 'hf-hub':
+        repo = split_revision(model_id)
+        with explained(*repo):
+            download(repo[0], 'config.json', repo[1])  # timm's download would try for minutes where nothing answers
 
     kwargs = {}
     if checkpoint:

@@ -10,7 +10,8 @@ there has:
     training/             what the run recorded, evaluation.json, in seeds/ what its repetitions with other seeds
                           recorded, and in twin/ the same of its convolution twin
 
-The package's manifest.json has a line for each; models/_weights.py reads it where the weights are loaded.
+The package's manifest.json has a line for each weight in a checkout's model_cards/; models/_weights.py reads it where
+the weights are loaded. Outside of a checkout that line is a file beside the weights, manifest-line.json.
 """
 import hashlib
 import json
@@ -42,8 +43,8 @@ from .card import PLACES, Record, build_model, machine_name, read_config, write_
 from .images import image_mode, sample_photographs
 from .models import _weights
 from .models._weights import (
-    FORMATS, WEIGHTS, OtherWeights, WeightsError, check_file, explain, explained, find_entry, local_file,
-    manifest_revision, namespace, read_manifest, sha256, split_revision)
+    FORMATS, WEIGHTS, OtherWeights, WeightsError, cached_file, check_file, checkout, explain, explained, find_entry,
+    is_out_of_reach, local_file, manifest_revision, namespace, own_zoo, read_manifest, sha256, split_revision)
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import check_classes, create_batches, create_parts
@@ -60,6 +61,7 @@ GOLDEN_TOLERANCE = 1e-6
 MEASURED_SECONDS = 3.  # in which the speed of inference is measured
 NEW_TOKEN = f'{constants.ENDPOINT}/settings/tokens makes one with write access'
 CONFIG, GOLDEN, CARD = 'config.json', 'golden.safetensors', 'README.md'
+RECORD = 'manifest-line.json'  # beside weights that the package's manifest does not list
 # The parts of config.json that loading by name needs, see models/_weights.py.
 MANIFEST_CFG = ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'label_names')
 
@@ -69,7 +71,7 @@ MANIFEST_CFG = ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpo
 def export(
         run: Path,
         tag: str,
-        output: Path,
+        output: Optional[Path] = None,
         twin: Optional[Path] = None,
         data_note: str = '',
         data_dir: str = '',
@@ -77,15 +79,17 @@ def export(
         force: bool = False,
         seeds: Sequence[Path] = (),
 ) -> Path:
-    """Make the folder of a published weight from the run folder that trained it, and write its line in the manifest.
+    """Make the folder of a published weight from the run folder that trained it, and record it.
 
+    In the model_cards/ of a checkout, its record is a line in the package's manifest, elsewhere a file in the folder.
     The weights are evaluated on the whole evaluation split, in float32 and rounded to float16, and are stored rounded
     if that costs at most 0.05 points of top-1.
 
     Args:
         run: Run folder of a finished training.
         tag: What the weights were trained on, the second half of the name.
-        output: Folder in which to make `<arch>.<tag>/`.
+        output: Folder in which to make `<arch>.<tag>/`: by default the checkout's model_cards/, without one the run
+            folder.
         twin: Run folder of the convolution that was trained beside it, or the folder of its published weight, with
             which its repetitions come.
         data_note: What the card says about the data, besides its name.
@@ -102,6 +106,7 @@ def export(
             `seeds` another training, the folder is there or holds files of somebody else, the images are not there or
             others, or the manifest is read-only.
     """
+    output = output or (own_zoo() if checkout() else run)
     places = {folder: (folder, folder / 'model') for folder in (run, *seeds)}  # of a record, and of its model
     if twin:
         places[twin] = (twin / 'training', twin) if (twin / 'training').is_dir() else (twin, twin / 'model')
@@ -128,9 +133,11 @@ def export(
         raise WeightsError(f'{folder} holds what export did not write, move it away: {", ".join(others[:5])}')
     if name in read_manifest() and not force:
         raise WeightsError(
-            f'{name} is the name of other weights, which {_weights.MANIFEST} lists: choose another --tag, or replace '
-            f'its line there with --force')
-    write_manifest(_weights.MANIFEST.read_text())  # as it is: that it can be written is known before the work is done
+            f'{name} is the name of other weights, which {_weights.MANIFEST} lists: choose another --tag, or use that '
+            f'name all the same with --force')
+    listed = checkout() is not None and output.resolve() == own_zoo().resolve()
+    if listed:  # that it can be written is known before the work is done
+        write_manifest(_weights.MANIFEST.read_text())
 
     args, model, loader, train_images = open_evaluation(run, data_dir, device)
     stored, results, state_dict = choose_precision(model, loader, args.channels_last)
@@ -155,10 +162,13 @@ def export(
         (new / 'training' / 'evaluation.json').write_text(json.dumps(evaluation, indent=2) + '\n')
         write_card(new, name)
         entry = manifest_entry(new, name)
+        if not listed:
+            write_record(entry, new)
         put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    write_entry(entry)
+    if listed:
+        write_entry(entry)
     return folder
 
 
@@ -190,6 +200,7 @@ def manifest_entry(folder: Path, name: str) -> Dict[str, Any]:
         commit=environment['commit'],
         hub_id=f'{namespace()}/{name}',
         revision=None,
+        published=read_manifest().get(name, {}).get('published', False),
         model_args=config.get('model_args', {}),
         pretrained_cfg={key: known[key] for key in MANIFEST_CFG if key in known},
     )
@@ -315,6 +326,22 @@ def golden_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return model.double().eval()(inputs.double())
 
 
+def read_entry(folder: Path) -> Optional[Dict[str, Any]]:
+    """The record beside the weights of a folder, else the manifest's line of that name."""
+    record = folder / RECORD
+    if not record.is_file():
+        return read_manifest().get(own_name(folder))
+    try:
+        return json.loads(record.read_text())
+    except ValueError as error:
+        raise WeightsError(f'{record} is damaged: {error}') from error
+
+
+def write_record(entry: Dict[str, Any], folder: Path) -> None:
+    """Record a weight beside it."""
+    (folder / RECORD).write_text(json.dumps(entry, indent=2) + '\n')
+
+
 def write_entry(entry: Dict[str, Any]) -> None:
     """Add a line to the manifest, or replace the one of that name."""
     entries = sorted({**read_manifest(), entry['name']: entry}.values(), key=lambda e: e['name'])
@@ -327,7 +354,7 @@ def write_manifest(text: str) -> None:
         partial.write_text(text)
         os.replace(partial, _weights.MANIFEST)
     except OSError as error:
-        raise WeightsError(f'cannot write {_weights.MANIFEST} ({error.strerror}): work in a checkout') from error
+        raise WeightsError(f'cannot write {_weights.MANIFEST} ({error.strerror})') from error
 
 
 def published_folders(zoo: Path) -> List[Path]:
@@ -412,13 +439,12 @@ def verify(what: str) -> Tuple[Path, Optional[Dict[str, Any]], List[str]]:
     Raises:
         WeightsError: There is no such weight, or its files cannot be fetched.
     """
-    entries = read_manifest()
     if Path(what).is_dir():
         folder = Path(what)
-        entry = entries.get(own_name(folder))
+        entry = read_entry(folder)
     else:
         entry, repo, revision = resolve(what)
-        local = local_file(what) if what in entries else None
+        local = local_file(what) if what in read_manifest() else None
         folder = local.parent if local else fetch(repo, revision, needed=(CONFIG, WEIGHTS, GOLDEN, CARD))
     return folder, entry, check_folder(folder, entry)
 
@@ -438,10 +464,12 @@ def resolve(what: str) -> Tuple[Optional[Dict[str, Any]], str, Optional[str]]:
 def fetch(repo: str, revision: Optional[str], folder: Optional[Path] = None, needed: Sequence[str] = ()) -> Path:
     """Download a repository, into the cache or a folder; returns where it is.
 
-    Without connection, that is what the cache has of it. If needed files are not there, it is an error, unless the
+    Without connection, that is what the cache has of it. If it lacks needed files, it is an error, unless the
     repository lacks them too.
     """
     with explained(repo, revision):
+        if folder is None and is_out_of_reach(repo, revision):
+            return [cached_file(repo, name, revision).parent for name in needed][0]
         found = Path(snapshot_download(repo, revision=revision, local_dir=folder))
         for name in needed:
             if not (found / name).is_file():
@@ -525,9 +553,12 @@ def fetch_weights(what: str, repo: str, revision: Optional[str], expected: Optio
 
 def download_again(file: Path, repo: str, revision: Optional[str]) -> Path:
     """Download weights in place of a file in the cache."""
-    if not file.is_symlink():  # the client would leave it there
-        file.unlink()
     with explained(repo, revision):
+        if is_out_of_reach(repo, revision):
+            raise WeightsError(
+                f'{file} is damaged, and the Hub ({constants.ENDPOINT}) cannot be reached. Try again with a connection')
+        if not file.is_symlink():  # the client would leave it there
+            file.unlink()
         return Path(hf_hub_download(repo, WEIGHTS, revision=revision, force_download=True))
 
 
@@ -539,7 +570,7 @@ def push(
         private: bool = False,
         revision: Optional[str] = None,
 ) -> Tuple[str, str, bool]:
-    """Bring a published weight's folder to the Hub, check what arrived there, and record its commit in the manifest.
+    """Bring a published weight's folder to the Hub, check what arrived there, and record its commit.
 
     What is there already is not sent again, so an interrupted call can be repeated. If nothing differs, nothing is
     committed.
@@ -560,7 +591,7 @@ def push(
     name = own_name(folder)
     repo = f'{owner}/{name}'
     check_access(owner)  # before any file is read
-    entry = read_manifest().get(name)
+    entry = read_entry(folder)
     if entry is None:
         raise WeightsError(f'{name} is not in the manifest: make its folder with convnn-timm export')
     problems = [f'{folder / path} is not a file that export writes: move it away' for path in strangers(folder)]
@@ -583,7 +614,11 @@ def push(
             commit = api.repo_info(repo, revision=revision).sha
 
     check_remote(repo, commit, files, entry)
-    write_entry(dict(entry, hub_id=repo, revision=commit))
+    entry = dict(entry, hub_id=repo, revision=commit)
+    if checkout() and not (folder / RECORD).is_file():
+        write_entry(entry)
+    elif _weights.PACKAGE not in folder.resolve().parents:  # an installed copy stays as it is
+        write_record(entry, folder)
     return repo, commit, bool(operations)
 
 
@@ -611,7 +646,7 @@ def files_for(repo: str, folder: Path) -> Dict[str, Union[Path, bytes]]:
     card = re.sub(rf'hf-hub:[\w.-]+/{name}(?![\w-])', link, (folder / CARD).read_text(encoding='utf-8'))
     if repo.partition('/')[0] != _weights.NAMESPACE:
         card = re.sub(rf"create_model\('{name}'", f"create_model('{link}'", card)
-    return {**files_of(folder), CARD: card.encode()}
+    return {**{path: file for path, file in files_of(folder).items() if path != RECORD}, CARD: card.encode()}
 
 
 def content_of(file: Union[Path, bytes]) -> bytes:
@@ -643,7 +678,9 @@ def is_exported(path: str) -> bool:
 
 def strangers(folder: Path) -> List[str]:
     """What else is in the folder: nobody meant to publish that."""
-    return [path for path, file in files_of(folder).items() if not is_exported(path) or file.is_symlink()]
+    return [
+        path for path, file in files_of(folder).items()
+        if path != RECORD and (not is_exported(path) or file.is_symlink())]
 
 
 def own_name(folder: Path) -> str:

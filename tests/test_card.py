@@ -29,7 +29,10 @@ SHIPPED = {folder.name: folder for folder in hub.published_folders(ROOT / 'model
 
 @functools.cache
 def publish(base: Path) -> Path:
-    """A copy of the package, and beside it `output` with two runs of seconds and `cards` with a published weight."""
+    """A checkout with a copy of the package, in `output` two runs of seconds, and in `cards` a published weight.
+
+    Its `model_cards` is empty, so the weight is not found there.
+    """
     root, noise = base / 'published', np.random.default_rng(0)
     for split, count in (('train', 16), ('validation', 8)):
         for channel, name in enumerate(CLASSES):
@@ -43,15 +46,24 @@ def publish(base: Path) -> Path:
         f'--img-size 16 -b 8 --epochs 2 --warmup-epochs 0 --workers 0 --no-amp --device cpu --output {root}/output')
     for model in ('resnet18_convnn_branching', 'resnet18_conv2d'):
         train([*flags.split(), '--model', model, '--experiment', model])
-    shutil.copytree(PACKAGE, root / 'convnn_timm', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(PACKAGE, root / 'convnn_timm', ignore=shutil.ignore_patterns('__pycache__', 'model_cards'))
     (root / 'convnn_timm' / 'manifest.json').write_text('[]\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_weights, 'MANIFEST', root / 'convnn_timm' / 'manifest.json')
+        make_checkout(root, patch)
         hub.export(
-            root / 'output' / 'resnet18_convnn_branching', 'cifar10', root / 'cards',
-            twin=root / 'output' / 'resnet18_conv2d', data_note='made of noise',
-            seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)])
+            root / 'output' / 'resnet18_convnn_branching', 'cifar10', twin=root / 'output' / 'resnet18_conv2d',
+            data_note='made of noise', seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)])
+    (root / 'model_cards').rename(root / 'cards')
+    (root / 'model_cards').mkdir()
     return root
+
+
+def make_checkout(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let a folder be the checkout that the package is imported from."""
+    (root / 'model_cards').mkdir(parents=True)
+    (root / 'pyproject.toml').touch()
+    patch.setattr(_weights, 'PACKAGE', root / 'convnn_timm')
+    patch.setattr(_weights, 'MANIFEST', root / 'convnn_timm' / 'manifest.json')
 
 
 def repeat(run: Path, seed: int, points: float = 5., **args) -> Path:
@@ -85,10 +97,10 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def manifest(published, monkeypatch, tmp_path):
-    """A copy of the manifest, for this test."""
-    copy = shutil.copy(published / 'convnn_timm' / 'manifest.json', tmp_path / 'manifest.json')
-    monkeypatch.setattr(_weights, 'MANIFEST', Path(copy))
-    return Path(copy)
+    """The manifest of a checkout of this test's own, without weights."""
+    make_checkout(tmp_path / 'checkout', monkeypatch)
+    _weights.PACKAGE.mkdir()
+    return Path(shutil.copy(published / 'convnn_timm' / 'manifest.json', _weights.MANIFEST))
 
 
 @pytest.fixture
@@ -110,7 +122,7 @@ def rewrite(file, **changes):
 
 def test_the_manifest_and_the_folders_name_the_same_weights():
     assert set(SHIPPED) == {entry['name'] for entry in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text())}
-    assert sum((folder / 'model.safetensors').stat().st_size for folder in SHIPPED.values()) < 120e6
+    assert sum((folder / 'model.safetensors').stat().st_size for folder in SHIPPED.values()) < 100e6
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -266,8 +278,43 @@ def test_export_replaces_nothing_that_it_did_not_write(published, manifest, card
 def test_a_manifest_that_cannot_be_written_is_known_before_the_evaluation(
         published, manifest, capsys, tmp_path, no_evaluation):
     manifest.with_suffix('.partial').mkdir()
-    assert f'cannot write {manifest} (Is a directory): work in a checkout' in error_of(
-        capsys, 'export', published / 'output' / 'resnet18_conv2d', '--tag', 'noise', '--output', tmp_path)
+    assert f'cannot write {manifest} (Is a directory)' in error_of(
+        capsys, 'export', published / 'output' / 'resnet18_conv2d', '--tag', 'noise')
+
+
+def test_an_installed_copy_records_weights_beside_them_and_stays_as_it_is(
+        published, manifest, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    (tmp_path / 'checkout' / 'pyproject.toml').unlink()
+    before = manifest.read_text()
+    run = Path(shutil.copytree(published / 'output' / 'resnet18_conv2d', tmp_path / 'run'))
+    assert cli.main(['export', str(run), '--tag', 'noise']) == 0
+    folder = run / 'resnet18_conv2d.noise'
+    out = capsys.readouterr().out
+    assert out.startswith(f'{folder}: it loads as local-dir:{folder}.') and 'manifest' not in out
+    assert json.loads((folder / 'manifest-line.json').read_text()) == hub.manifest_entry(folder, folder.name)
+    assert manifest.read_text() == before and not any((tmp_path / 'checkout' / 'model_cards').iterdir())
+    assert cli.main(['verify', str(folder)]) == 0  # by the hash that is recorded there
+    assert 'hash, tensors and logits are right' in capsys.readouterr().out
+    assert cli.main(['export', str(run), '--tag', 'noise', '--force']) == 0
+    (folder / 'manifest-line.json').write_text('{')
+    assert f'{folder}/manifest-line.json is damaged: ' in error_of(capsys, 'verify', folder)
+    assert 'is the name of other weights' in error_of(
+        capsys, 'export', published / 'output' / NAME.split('.')[0], '--tag', 'cifar10', '--output', tmp_path)
+
+
+def test_the_manifest_lists_what_is_in_the_checkouts_own_model_cards(published, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    run, before = published / 'output' / 'resnet18_conv2d', manifest.read_text()
+    elsewhere = hub.export(run, 'noise', tmp_path / 'elsewhere')
+    assert (elsewhere / 'manifest-line.json').is_file() and manifest.read_text() == before
+    here = hub.export(run, 'noise')
+    assert here.parent == tmp_path / 'checkout' / 'model_cards' and not (here / 'manifest-line.json').exists()
+    entries = {entry['name']: entry for entry in json.loads(manifest.read_text())}
+    assert set(entries) == {here.name, NAME} and not entries[here.name]['published']
+    manifest.write_text(json.dumps([dict(entry, published=True) for entry in entries.values()]))
+    hub.export(run, 'noise', force=True)  # is as published as it was
+    assert _weights.published_names() == [here.name, NAME]
 
 
 @pytest.mark.parametrize('step', ['write_card', 'manifest_entry'])
@@ -512,9 +559,9 @@ def test_a_converted_network_is_published_with_its_own_licence_and_start(
         *'where=layer1.* sampling_type=random num_samples=8 K=3'.split(), '--img-size', '64', '-b', '8', '--opt', 'sgd',
         '--lr', '0.01', *'--epochs 1 --warmup-epochs 0 --workers 0 --no-amp --device cpu'.split(),
         '--output', str(tmp_path), '--experiment', 'run'])
-    assert cli.main(['export', f'{tmp_path}/run', '--tag', 'noise', '--output', f'{tmp_path}/cards']) == 0
-    folder = tmp_path / 'cards' / 'test_resnet_converted.noise'
-    assert f'{folder}, with a line in {manifest}: read README.md' in capsys.readouterr().out
+    assert cli.main(['export', f'{tmp_path}/run', '--tag', 'noise']) == 0
+    folder = tmp_path / 'checkout' / 'model_cards' / 'test_resnet_converted.noise'
+    assert f'{folder}, with a line in {manifest}: it loads as local-dir:{folder}' in capsys.readouterr().out
     card = ModelCard.load(folder / 'README.md')
     assert card.data.license == 'apache-2.0' and card.data.datasets is None
     assert card.data.eval_results[0].dataset_split == 'validation'
@@ -548,7 +595,7 @@ def test_a_slowed_epoch_does_not_count_as_the_speed(card, tmp_path):
     assert run.speed == 46
 
 
-def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
+def test_table_of_published_weights(results_table, manifest, card, tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / 'model_cards'):
         folder.mkdir(exist_ok=True)
         (folder / 'README.md').write_text('before\n<!-- zoo -->\nold\n<!-- /zoo -->\nafter\n')
@@ -567,6 +614,9 @@ def test_table_of_published_weights(results_table, card, tmp_path, monkeypatch):
     for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'twin', 92.5)):
         set_top1(folder, top1)
     seconds = [48 / Record(folder).speed for folder in (training, training / 'twin')]
+    assert 'No weights are published yet.' in zoo()  # these were exported, no more
+    entry, = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps([dict(entry, published=True)]))
     row, = (line for line in zoo().splitlines() if line.startswith(f'| [`{NAME}`](model_cards/{NAME}) |'))
     cells = [cell.strip() for cell in row.split('|')[2:-1]]
     assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.1 M', '0.007 G', '2']

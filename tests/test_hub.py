@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -357,31 +358,100 @@ def test_push_says_which_objects_the_storage_refuses(session, hub, monkeypatch):
     assert 'storage quota exceeded' in message and 'what was sent is kept' in message
 
 
+def test_push_from_an_installed_copy_records_the_commit_beside_the_weights(session, hub, published):
+    before = session.manifest.read_text()
+    try:
+        (published / 'pyproject.toml').unlink()
+        words = ('push', 'push', 'verify')
+        done = session('\n'.join(f"run({word!r}, {str(session.folder)!r})" for word in words), 'hf_write')
+    finally:
+        (published / 'pyproject.toml').touch()
+    assert done.lines[1::2] == ['status 0'] * 3 and 'was there already' in done.lines[2], done.err
+    record, (entry,) = json.loads((session.folder / 'manifest-line.json').read_text()), json.loads(before)
+    assert record == {**entry, 'revision': hub.repositories[PROJECT].branches['main']}
+    assert session.manifest.read_text() == before and 'manifest-line.json' not in hub.files(PROJECT)
+
+
 # Loading
 
-def test_order_of_the_places_that_weights_are_loaded_from(session, published, on_the_hub):
-    """The folder named, then the checkout's, that of the package or the current one, then the Hub; a folder without
-    that weight is passed over."""
-    checkout = published / 'model_cards'
+@pytest.mark.parametrize('installed', [False, True])
+def test_order_of_the_places_that_weights_are_loaded_from(session, published, on_the_hub, installed):
+    """The folder named, then the package's own, then the Hub; a folder without that weight is passed over. The current
+    folder is none of them."""
+    own, project = published / ('convnn_timm/model_cards' if installed else 'model_cards'), published / 'pyproject.toml'
     digest = digest_of(session)
     on_the_hub.log.clear()
     try:
-        shutil.copytree(session.cards, checkout)
-        assert session(f'load({NAME!r})').lines == [digest]
+        if installed:
+            project.unlink()
+        shutil.copytree(session.cards, own, dirs_exist_ok=True)
+        done = session(f"os.chdir('/'); load({NAME!r}); run('verify', {NAME!r})")
+        assert done.lines[0] == digest and str(own) in done.lines[1] and done.lines[2] == 'status 0', done.err
         assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
-        assert session(f"os.chdir('checkout'); load({NAME!r})").lines == [digest]
         (session.folder / WEIGHTS).write_bytes(b'the folder named is asked first')
         assert 'is cut short' in session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).out
         assert not on_the_hub.log
+        assert session(f"os.chdir('checkout'); run('verify', '{PROJECT}')", HF_HOME='other').lines[1] == 'status 0'
+        assert on_the_hub.log  # who names a repository means it
     finally:
-        shutil.rmtree(checkout)
-    assert 'is cut short' in session(f"os.chdir('checkout'); load({NAME!r})").out
+        project.touch()
+        shutil.rmtree(own / NAME)
     (session.folder / WEIGHTS).unlink()
     assert session(f'load({NAME!r})', CONVNN_TIMM_ZOO=str(session.cards)).lines == [digest]
     assert on_the_hub.log[-1].startswith('GET /lfs/')
+    (session.folder / WEIGHTS).write_bytes(b'nobody looks here')
+    assert session(f"os.chdir('checkout'); load({NAME!r})").lines == [digest]
     lost = session(f'load({NAME!r})', CONVNN_TIMM_ZOO='nowhere')
     assert lost.lines == [
         'WeightsError: CONVNN_TIMM_ZOO=nowhere: there is no such folder. Correct or unset the variable.']
+
+
+@pytest.fixture(params=['refused', 'silent'])
+def out_of_reach(request):
+    """Environment with a Hub that refuses the connection, or takes it and says nothing."""
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        port = 1 if request.param == 'refused' else silent.getsockname()[1]
+        yield dict(HF_ENDPOINT=f'http://127.0.0.1:{port}', HF_HUB_ETAG_TIMEOUT='1', HF_HUB_DISABLE_TELEMETRY='0')
+
+
+def test_a_hub_out_of_reach_is_said_at_once_in_one_line(session, out_of_reach):
+    done = session(f"""
+import time, timm
+start = time.time()
+try:
+    timm.create_model({NAME!r}, pretrained=True)
+except Exception as error:
+    print(type(error).__name__, error.__cause__, error.__suppress_context__, error)
+    print(time.time() - start)
+for argv in (['verify', 'someone/mine'], ['pull', {NAME!r}], ['predict', 'x', '--model', 'hf-hub:someone/mine']):
+    start = time.time()
+    run(*argv)
+    print(time.time() - start)
+""", **out_of_reach)
+    assert done.lines[0].startswith('WeightsError None True '), done.out
+    assert all(float(seconds) < 5 for seconds in done.lines[1::2]) and done.lines[2::2] == ['status 1'] * 3, done.out
+    messages = [done.lines[0], *done.err.splitlines()]
+    assert len(messages) == 4, done.err
+    for message, repo in zip(messages, (PROJECT, 'someone/mine', PROJECT, 'someone/mine')):
+        assert f'{repo} is not in the cache, and the Hub (http://127.0.0.1:' in message
+        assert 'cannot be reached. Try again with a connection; HF_HUB_ETAG_TIMEOUT=30 waits longer' in message
+
+
+def test_the_cache_serves_while_the_hub_is_out_of_reach(session, on_the_hub, out_of_reach):
+    """And what is damaged there stays until there is something to replace it."""
+    digest = digest_of(session)
+    session(f"run('verify', '{PROJECT}')", HF_HUB_DISABLE_SYMLINKS='1')
+    done = session(f"""
+load({NAME!r})
+run('verify', '{PROJECT}')
+run('pull', '{PROJECT}')
+flip(cached())
+run('pull', {NAME!r})
+print(cached().is_file())
+""", **out_of_reach)
+    assert done.lines[0] == digest and done.lines[2::2] == ['status 0', 'status 0', 'True'], done.out
+    assert done.lines[5] == 'status 1' and 'is damaged, and the Hub (http' in done.err, done.err
+    assert 'cannot be reached. Try again with a connection' in done.err and 'Traceback' not in done.err
 
 
 def test_another_namespace(session, hub, published):

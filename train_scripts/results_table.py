@@ -3,7 +3,7 @@
     python train_scripts/results_table.py
 
 results/README.md has a row for every run folder under results/. README.md and model_cards/README.md have one for every
-published weight, between `<!-- zoo -->` and `<!-- /zoo -->`.
+weight that the manifest marks as published, between `<!-- zoo -->` and `<!-- /zoo -->`.
 """
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 from convnn_timm.card import Card, Record, accuracy, compared, read_card
 from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs, count_parameters
+from convnn_timm.models._weights import published_names
 
 ROOT = Path(__file__).parents[1]
 HEADER = """# Results
@@ -98,7 +99,8 @@ def tables(root: Path = ROOT) -> Dict[Path, str]:
     results, zoo = root / 'train_scripts' / 'results', root / 'model_cards'
     runs = [path.parent for path in sorted(results.glob('*/summary.csv'))]
     files = {results / 'README.md': HEADER + markdown(COLUMNS, [run_row(run) for run in runs])}
-    cards = [read_card(folder, folder.name) for folder in published_folders(zoo)]
+    published = published_names()
+    cards = [read_card(folder, folder.name) for folder in published_folders(zoo) if folder.name in published]
     for file, link in ((root / 'README.md', 'model_cards/'), (zoo / 'README.md', '')):
         parts = re.fullmatch('(.*<!-- zoo -->\n).*(<!-- /zoo -->\n.*)', file.read_text(), re.DOTALL)
         if parts is None:

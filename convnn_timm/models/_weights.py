@@ -1,18 +1,21 @@
 """Published weights: which there are, where their files are found, and whether a file is whole.
 
-The package's manifest.json has a line for each; `convnn-timm export` and `push` (../hub.py) write it. A file is
-compared with it before its weights are used: neither timm nor the Hub's client notices wrong content of the right size.
+The package's manifest.json has a line for each; `convnn-timm export` and `push` (../hub.py) write it in a checkout. A
+file is compared with it before its weights are used: neither timm nor the Hub's client notices wrong content of the
+right size.
 """
 import hashlib
 import json
 import logging
 import os
 import re
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
-from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,19 +33,22 @@ from timm.models import resolve_pretrained_cfg
 from convnn_timm.errors import UserError
 
 __all__ = [
-    'FORMATS', 'HUB_FAILURES', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'check_file', 'explain', 'explained',
-    'find_entry', 'find_weights', 'hub_id', 'local_file', 'manifest_revision', 'namespace', 'published_cfg',
-    'read_manifest', 'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
+    'FORMATS', 'HUB_FAILURES', 'MODEL_CARDS', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'cached_file', 'check_file',
+    'checkout', 'download', 'explain', 'explained', 'find_entry', 'find_weights', 'hub_id', 'is_out_of_reach',
+    'local_file', 'manifest_revision', 'namespace', 'own_zoo', 'published_cfg', 'published_names', 'read_manifest',
+    'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
 
 _logger = logging.getLogger(__name__)
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
 MANIFEST = PACKAGE / 'manifest.json'
-CHECKOUT_ZOO = PACKAGE.parent / 'model_cards'
+MODEL_CARDS = 'model_cards'  # folder of the published weights: in a checkout's root, else in the installed package
 WEIGHTS = 'model.safetensors'
 FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm opens
 
+# Seconds that the Hub may take to answer before it counts as out of reach; HF_HUB_ETAG_TIMEOUT sets another number.
+PATIENCE = 3
 # What the Hub's client raises when something is wrong outside of this program.
 HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
 # And what else comes out of its transfers: RuntimeError of hf_xet, ValueError where the storage takes no file. Around
@@ -61,8 +67,13 @@ class OtherWeights(WeightsError):
 # The manifest
 
 def read_manifest() -> Dict[str, Dict[str, Any]]:
-    """Published weights by their name, `<arch>.<tag>`."""
+    """The weights that this version knows, by their name `<arch>.<tag>`."""
     return {entry['name']: entry for entry in json.loads(MANIFEST.read_text())}
+
+
+def published_names() -> List[str]:
+    """Those that the project publishes. Others were exported in this checkout, to try something."""
+    return [name for name, entry in read_manifest().items() if entry['published']]
 
 
 def namespace() -> str:
@@ -128,10 +139,19 @@ def with_arguments(entry: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, A
 
 # Files
 
-def local_file(name: str) -> Optional[Path]:
-    """The weight in the folder that `CONVNN_TIMM_ZOO` names, else in the checkout; None if it is in neither.
+def checkout() -> Optional[Path]:
+    """Root of the source tree that the package is imported from; None if it is an installed copy."""
+    root = PACKAGE.parent
+    return root if (root / 'pyproject.toml').is_file() and (root / MODEL_CARDS).is_dir() else None
 
-    The checkout is the one that the package lies in, or the current folder if the package was installed from it.
+
+def own_zoo() -> Path:
+    """Folder of the weights that came with the package."""
+    return (checkout() or PACKAGE) / MODEL_CARDS
+
+
+def local_file(name: str) -> Optional[Path]:
+    """The weight in the folder that `CONVNN_TIMM_ZOO` names, else the package's own; None if it is in neither.
 
     Raises:
         WeightsError: `CONVNN_TIMM_ZOO` names no folder.
@@ -139,7 +159,7 @@ def local_file(name: str) -> Optional[Path]:
     zoo = os.environ.get('CONVNN_TIMM_ZOO')
     if zoo and not Path(zoo).is_dir():
         raise WeightsError(f'CONVNN_TIMM_ZOO={zoo}: there is no such folder. Correct or unset the variable.')
-    files = [Path(folder) / name / WEIGHTS for folder in (zoo, CHECKOUT_ZOO, 'model_cards') if folder]
+    files = [Path(folder) / name / WEIGHTS for folder in (zoo, own_zoo()) if folder]
     return next((file for file in files if file.is_file()), None)
 
 
@@ -228,10 +248,10 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None
         repo, revision = split_revision(source)
     if file is None:
-        hint = '. The weights of this version are not on the Hub yet: use a checkout of the project, or set ' \
-            'CONVNN_TIMM_ZOO to the model_cards of one' if entry and entry['revision'] is None else ''
+        hint = '. The weights of this version are not on the Hub yet: install the package again, which brings them, ' \
+            'or set CONVNN_TIMM_ZOO to the model_cards of a checkout' if entry and entry['revision'] is None else ''
         with explained(repo, revision, hint):
-            file = Path(hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=kwargs.get('cache_dir')))
+            file = download(repo, WEIGHTS, revision, kwargs.get('cache_dir'))
     try:
         check_file(file, entry and entry['sha256'], source)
     except WeightsError as error:
@@ -239,15 +259,67 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         if known or not isinstance(error, OtherWeights) and (file.is_symlink() or sha256(file) != hub_sha256(repo)):
             if not (cache := kwargs.get('cache_dir')):
                 raise
-            raise type(error)(f'{error} (with HF_HUB_CACHE={cache}, where this file is)') from error
+            raise type(error)(f'{error} (with HF_HUB_CACHE={cache}, where this file is)') from None
         _logger.warning(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists')
     return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
+
+
+def download(repo: str, name: str, revision: Optional[str] = None, cache_dir: Optional[str] = None) -> Path:
+    """Bring a file of a repository into the cache; if the Hub is out of reach, the cache must have it."""
+    if is_out_of_reach(repo, revision):
+        return cached_file(repo, name, revision, cache_dir)
+    return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
+
+
+def cached_file(repo: str, name: str, revision: Optional[str] = None, cache_dir: Optional[str] = None) -> Path:
+    """A file of a repository in the cache.
+
+    `hf_hub_download` with `local_files_only` would do, but it sends a request of its own and waits for the answer.
+    """
+    file = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+    if not isinstance(file, str):
+        raise LocalEntryNotFoundError(f'{name} of {repo} is not in the cache')
+    return Path(file)
+
+
+def patience() -> int:
+    return constants.HF_HUB_ETAG_TIMEOUT if os.environ.get('HF_HUB_ETAG_TIMEOUT') else PATIENCE
+
+
+def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
+    """Whether the Hub gives no answer, good or bad: the connection fails, or nothing comes within `patience()`.
+
+    The Hub's client tries again and again, for half a minute where the connection is refused and for minutes where a
+    server is silent. In offline mode it answers by itself, so nothing is asked here.
+    """
+    refused = threading.Event()
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, WEIGHTS, revision=revision), timeout=patience())
+        except HfHubHTTPError:
+            pass  # an answer
+        except HTTPError as error:
+            while error is not None and not isinstance(error, OSError):  # the system's reason: there is no connection
+                error = error.__cause__ or error.__context__
+            if error is not None:
+                refused.set()
+        except Exception:
+            pass  # the client meets it again, and reports it
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    # Looking up a name takes no limit, and a server may send byte by byte: only a thread can be left alone.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience())
+    return asking.is_alive() or refused.is_set()
 
 
 def hub_sha256(repo: str) -> str:
     """The Hub's own hash of the weights in a repository, or ''. (A cache without links does not know it.)"""
     try:
-        return get_hf_file_metadata(hf_hub_url(repo, WEIGHTS)).etag or ''
+        return get_hf_file_metadata(hf_hub_url(repo, WEIGHTS), timeout=patience()).etag or ''
     except TRANSFER_FAILURES:
         return ''
 
@@ -260,7 +332,9 @@ def explained(repo: str, revision: Optional[str] = None, hint: str = '') -> Iter
     except WeightsError:
         raise
     except TRANSFER_FAILURES as error:
-        raise WeightsError(explain(error, repo, revision) + hint) from error
+        # Of a connection or an entry that is not there, the client's errors say nothing more.
+        cause = None if isinstance(error, (EntryNotFoundError, OfflineModeIsEnabled)) else error
+        raise WeightsError(explain(error, repo, revision) + hint) from cause
 
 
 def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> str:
@@ -300,7 +374,8 @@ def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> 
     if status == 429:
         return f'the Hub ({hub}) answers no more requests for now (429), asked for {whole}. Try again in some minutes'
     if isinstance(error, LocalEntryNotFoundError):
-        return f'{whole} is not in the cache, and the Hub ({hub}) cannot be reached. Try again with a connection'
+        return f'{whole} is not in the cache, and the Hub ({hub}) cannot be reached. Try again with a connection; ' \
+            'HF_HUB_ETAG_TIMEOUT=30 waits longer for a slow one'
     if isinstance(error, EntryNotFoundError):
         return f'{whole} holds no weights: it lacks config.json or {WEIGHTS}, and other formats are not loaded'
     if status:
