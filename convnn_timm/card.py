@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
@@ -64,12 +64,8 @@ CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two 
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
     'train_sizes', *CROPS, 'hflip', 'hflip_mode', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
-CITATION = r"""@article{kang2025attention,
-  title   = {Attention Via Convolutional Nearest Neighbors},
-  author  = {Kang, Mingi and Farias Sales Rocha Neto, Jeov{\'a}},
-  journal = {arXiv preprint arXiv:2511.14137},
-  year    = {2025}
-}"""
+RESULTS = {'top1': '.2f', 'top5': '.2f', 'loss': '.4f'}
+TEMPLATE = Path(__file__).with_name('card_template.md')
 
 
 def read_config(folder: Path) -> Dict[str, Any]:
@@ -164,7 +160,7 @@ def machine_name(environment: Dict[str, Any]) -> str:
 
 @dataclass
 class Card:
-    """The files that the card is made from."""
+    """What the card says, from the files that it is made from. The words between the values are in TEMPLATE."""
     name: str
     config: Dict[str, Any]
     evaluation: Dict[str, Any]
@@ -182,6 +178,10 @@ class Card:
         return layer_of(self.config['architecture'])
 
     @property
+    def kind(self) -> str:
+        return KINDS[self.layer]
+
+    @property
     def layer_args(self) -> Dict[str, Any]:
         """Those of the model's arguments that its layers have a use for."""
         known = layer_arguments(self.layer) if self.layer in LAYER_TYPES else ()
@@ -192,8 +192,60 @@ class Card:
         return self.runs[0]
 
     @property
+    def link(self) -> str:
+        """The name that loads the weights from the Hub."""
+        return f'hf-hub:{namespace()}/{self.name}'
+
+    @property
     def size(self) -> List[int]:
         return self.config['pretrained_cfg']['input_size']
+
+    @property
+    def classes(self) -> List[str]:
+        return self.config.get('label_names') or []
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
+
+    @property
+    def macs(self) -> int:
+        return count_macs(self.model, tuple(self.size))
+
+    @property
+    def arguments(self) -> List[str]:
+        return [f'`{key}={value}`' for key, value in useful(self.layer, self.config.get('model_args', {})).items()]
+
+    @property
+    def form(self) -> str:
+        """In which form the model has its layers."""
+        if self.layer == 'conv2d':
+            return 'convolutions of PyTorch'
+        if self.layer not in LAYER_TYPES:
+            return 'as the arguments say'
+        parameters, given = inspect.signature(LAYER_TYPES[self.layer]).parameters, self.layer_args
+        if not given.get('branch_mix', True):  # then there is nothing that it would start
+            given.pop('pointwise_init', None)
+        changes = []
+        for name, value in given.items():
+            if text := DEPARTURES.get((name, value)):
+                changes.append(text.format(**given))
+            elif value != parameters[name].default and name != 'num_samples':
+                changes.append(f'`{name}` is {value}, not {parameters[name].default}')
+        standard = 'as in the paper, with its standard arguments'
+        return f'{standard}, except that {"; ".join(changes)}' if changes else standard
+
+    @cached_property
+    @torch.no_grad()
+    def shapes(self) -> Dict[str, Any]:
+        """Of the model's outputs for two images."""
+        images = torch.zeros(2, *self.size, device='meta')
+        features = self.model.forward_features(images)
+        maps = self.model.forward_intermediates(images, intermediates_only=True)
+        return dict(
+            features=tuple(features.shape),
+            embeddings=tuple(self.model.forward_head(features, pre_logits=True).shape),
+            maps=[tuple(feature.shape) for feature in maps])
 
     @property
     def on_the_hub(self) -> Tuple[str, str, str]:
@@ -206,9 +258,99 @@ class Card:
         return self.on_the_hub[1]
 
     @property
+    def split(self) -> str:
+        return self.on_the_hub[2]
+
+    @property
     def data(self) -> str:
         note = self.evaluation['note']
         return f'{self.dataset} ({note})' if note else self.dataset
+
+    @property
+    def changed(self) -> List[str]:
+        """The run's arguments that its recipe has not."""
+        args = self.run.args
+        expected = {**defaults(), **self.recipe, 'num_classes': args['num_classes']}  # which come from the data
+        return [f'`{key}: {value}`' for key, value in args.items() if key not in PLACES and value != expected.get(key)]
+
+    @property
+    def checkpoint(self) -> str:
+        return Path(self.run.args['initial_checkpoint']).name
+
+    @property
+    def shown(self) -> Dict[str, Any]:
+        """The arguments that the card lists."""
+        args = self.run.args
+        unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
+        silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args['crop_padding'] else CROPS)}
+        values = {key: args[key] for key in SHOWN if key not in silent}
+        values = {key: ' '.join(map(str, v)) if isinstance(v, list) else v for key, v in values.items()}
+        return {key: value for key, value in values.items() if value not in unused}
+
+    @property
+    def software(self) -> str:
+        environments = self.run.environments
+        versions = ', '.join(f'{name} {environments[0][name]}' for name in ('timm', 'torch', 'convnn_timm'))
+        commits = dict.fromkeys(
+            e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
+            for e in environments if e['commit'])
+        return f'{versions} at commit {", then ".join(commits)}' if commits else versions
+
+    @property
+    def results(self) -> Iterator[Tuple[str, ...]]:
+        """Rows of the evaluation in both precisions."""
+        for precision in ('float32', 'float16'):
+            measured, these = self.evaluation[precision], ', these' if precision == self.evaluation['stored'] else ''
+            yield (f'{precision}{these}', *(f'{measured[key]:{form}}' for key, form in RESULTS.items()))
+
+    @property
+    def top1(self) -> str:
+        return accuracy(self.runs)
+
+    @property
+    def seeds(self) -> Iterator[Tuple[Any, ...]]:
+        """Rows of the runs with different seeds."""
+        for run in self.runs:
+            yield run.args['seed'], f'{run.last("eval_top1"):.2f}', f'{run.last("eval_top5"):.2f}'
+
+    @property
+    def differences(self) -> List[str]:
+        """In which arguments the twin's training differs."""
+        here, there = self.run.args, self.twins[0].args
+        keys = {*here, *there} - PLACES - {'model', 'model_kwargs', 'convert'}
+        return [
+            f'`{key}`: {here.get(key)} here, {there.get(key)} there'
+            for key in sorted(keys) if here.get(key) != there.get(key)]
+
+    @property
+    def comparison(self) -> List[Tuple[Any, ...]]:
+        """Rows of the model and its twin."""
+        timed = compared(self.runs, self.twins)
+        return [comparison_row(*pair) for pair in zip((self.runs, self.twins), timed)]
+
+    @property
+    def speeds(self) -> str:
+        timed = compared(self.runs, self.twins)
+        machine, other = (record.machine for record in timed)
+        if other != machine:
+            return f'The speeds do not compare: they are those on {machine}, and of the twin on {other}.'
+        return f'Speeds are those of seed {timed[0].args["seed"]}, on {machine}.'
+
+
+def comparison_row(runs: Sequence[Record], timed: Record) -> Tuple[Any, ...]:
+    args = runs[0].args
+    kwargs = dict(args['model_kwargs'])
+    if args['input_size']:
+        kwargs['in_chans'] = args['input_size'][0]
+    model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)
+    if args['convert']:
+        convert(model, **args['convert'])
+    size = timm.data.resolve_data_config(args, model=model)['input_size']
+    arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
+    return (
+        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
+        ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
+        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{timed.speed:.0f}')
 
 
 def read_card(folder: Path, name: str) -> Card:
@@ -232,10 +374,8 @@ def read_card(folder: Path, name: str) -> Card:
 def write_card(folder: Path, name: str) -> None:
     """Write README.md into the folder of a published weight, which holds everything else."""
     card = read_card(folder, name)
-    parts = [f'---\n{metadata(card).to_yaml()}\n---', f'# Model card for {name}']
-    parts += [section(card) for section in (details, usage, training, evaluation, limitations)]
-    parts += [f'## Citation\n\n```bibtex\n{CITATION}\n```']
-    (folder / 'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
+    text = ModelCard.from_template(metadata(card), template_path=str(TEMPLATE), card=card).content
+    (folder / 'README.md').write_text(f'{text}\n', encoding='utf-8')
 
 
 def metadata(card: Card) -> ModelCardData:
@@ -261,261 +401,3 @@ def metadata(card: Card) -> ModelCardData:
             )
             for label, key in (('top-1', 'top1'), ('top-5', 'top5'))],
     )
-
-
-def details(card: Card) -> str:
-    channels, height, width = card.size
-    names = card.config.get('label_names')
-    arguments = ', '.join(
-        f'`{key}={value}`' for key, value in useful(card.layer, card.config.get('model_args', {})).items())
-    speed = card.evaluation['inference']
-    return f"""An image classifier for timm, {KINDS[card.layer]}. Trained on {card.data}.
-
-## Model Details
-
-- **Model type:** image classification, feature backbone
-- **Parameters (M):** {count_parameters(card.model) / 1e6:.2f}
-- **GMACs:** {count_macs(card.model, tuple(card.size)) / 1e9:.4f}, every operator counted
-- **Image size:** {height} x {width}, {channels} channels
-- **Classes:** {card.model.num_classes}{f': {", ".join(names)}' if names else ''}
-- **Architecture:** `{card.config["architecture"]}`, {arguments or "no arguments"}
-- **Layers:** {form(card)}
-- **Inference:** {speed["images_per_s"]:.0f} images/s, float32, batches of {speed["batch_size"]}, on {speed["machine"]}
-- **Weights:** {card.evaluation["stored"]}, safetensors
-- **Paper:** Attention Via Convolutional Nearest Neighbors: https://arxiv.org/abs/2511.14137
-- **Original:** https://github.com/mingikang31/Convolutional-Nearest-Neighbor"""
-
-
-def form(card: Card) -> str:
-    """In which form the model has its layers, in a sentence."""
-    if card.layer == 'conv2d':
-        return 'convolutions of PyTorch'
-    if card.layer not in LAYER_TYPES:
-        return 'as the arguments say'
-    parameters, given = inspect.signature(LAYER_TYPES[card.layer]).parameters, card.layer_args
-    if not given.get('branch_mix', True):  # then there is nothing that it would start
-        given = {name: value for name, value in given.items() if name != 'pointwise_init'}
-    changes = []
-    for name, value in given.items():
-        if text := DEPARTURES.get((name, value)):
-            changes.append(text.format(**given))
-        elif value != parameters[name].default and name != 'num_samples':
-            changes.append(f'`{name}` is {value}, not {parameters[name].default}')
-    return 'as in the paper, with its standard arguments' + (f', except that {"; ".join(changes)}' if changes else '')
-
-
-def usage(card: Card) -> str:
-    name, (channels, height, width) = card.name, card.size
-    grey = ".convert('L')" if channels == 1 else ''
-    label = "model.pretrained_cfg['label_names'][index]" if card.config.get('label_names') else 'index.item()'
-    images = torch.zeros(2, channels, height, width, device='meta')
-    with torch.no_grad():
-        features = card.model.forward_features(images)
-        embeddings = card.model.forward_head(features, pre_logits=True)
-        maps = card.model.forward_intermediates(images, intermediates_only=True)
-    listed = '\n'.join(f'#   {tuple(feature.shape)}' for feature in maps)
-    source = f'hf-hub:{namespace()}/{name}'
-    if card.layer == 'converted':
-        where, name = 'It rebuilds the network from its base and the conversion.', source
-    else:
-        where = f'A version of it that does not know the name of these weights loads them as `{source}`.'
-    return f"""## Model Usage
-
-The architecture is in the package `convnn_timm`, which must be installed.
-{where}
-
-### Image Classification
-
-```python
-import convnn_timm  # registers the architecture with timm
-import timm
-import torch
-from PIL import Image
-from skimage.data import chelsea
-
-model = timm.create_model('{name}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
-image = Image.fromarray(chelsea()){grey}  # a cat; or Image.open(...)
-with torch.no_grad():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
-
-for probability, index in zip(*probabilities.topk({min(5, card.model.num_classes)})):
-    print(f'{{100 * probability:5.1f}} %', {label})
-```
-
-### Feature Map Extraction
-
-```python
-import convnn_timm
-import timm
-import torch
-
-model = timm.create_model('{name}', pretrained=True, features_only=True).eval()
-
-for feature in model(torch.randn(2, {channels}, {height}, {width})):
-    print(tuple(feature.shape))
-
-{listed}
-```
-
-### Image Embeddings
-
-```python
-import convnn_timm
-import timm
-import torch
-
-model = timm.create_model('{name}', pretrained=True, num_classes=0).eval()  # without the classifier
-
-images = torch.randn(2, {channels}, {height}, {width})
-embeddings = model(images)  # {tuple(embeddings.shape)}
-features = model.forward_features(images)  # {tuple(features.shape)}, before the pooling
-```"""
-
-
-def training(card: Card) -> str:
-    args, environment = card.run.args, card.run.environments[0]
-    on = f'On {card.data}'
-    if args['holdout']:
-        on += f', without {args["holdout"]} of the training images, which were held out'
-    if card.recipe:
-        expected = {**defaults(), **card.recipe, 'num_classes': args['num_classes']}  # which come from the data
-        changed = [
-            f'`{key}: {value}`' for key, value in args.items() if key not in PLACES and value != expected.get(key)]
-        on += f', by training/recipe.yaml {"with " + ", ".join(changed) if changed else "unchanged"}'
-    if args['initial_checkpoint']:
-        on += f', from the weights in `{Path(args["initial_checkpoint"]).name}`'
-    elif args['pretrained']:
-        on += f', from the pretrained weights of `{args["model"]}`'
-    unused = {None, False} if args['amp'] else {None, False, args['amp_dtype']}
-    silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args['crop_padding'] else CROPS)}
-    keys = [key for key in SHOWN if key not in silent]
-    shown = {key: ' '.join(map(str, value)) if isinstance(value := args[key], list) else value for key in keys}
-    rows = '\n'.join(f'| {key} | {value} |' for key, value in shown.items() if value not in unused)
-    versions = ', '.join(f'{name} {environment[name]}' for name in ('timm', 'torch', 'convnn_timm'))
-    commits = dict.fromkeys(
-        e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
-        for e in card.run.environments if e['commit'])
-    commit = f' at commit {", then ".join(commits)}' if commits else ''
-    small = ' of full-size images' if args['train_sizes'] else ''
-    return f"""## Training
-
-{on}. All arguments are in training/args.yaml, the epochs in training/summary.csv and training/curve.png.
-
-| argument | value |
-|---|---|
-{rows}
-
-- **Machine:** {card.run.machine}: {card.run.speed:.0f} images/s in training, in the median epoch{small}
-- **Software:** {versions}{commit}
-- **Command:** `{environment["command"]}`
-- **To repeat it:** `convnn-timm train -c training/args.yaml --data-dir DIR`, with all arguments as they were"""
-
-
-def evaluation(card: Card) -> str:
-    measured, stored = card.evaluation, card.evaluation['stored']
-    rows = '\n'.join(
-        f'| {precision}{", these" if precision == stored else ""} | {measured[precision]["top1"]:.2f} '
-        f'| {measured[precision]["top5"]:.2f} | {measured[precision]["loss"]:.4f} |'
-        for precision in ('float32', 'float16'))
-    split = card.on_the_hub[2]
-    return f"""## Evaluation
-
-On all {measured[stored]["images"]:,} images of the split `{split}` of {card.data}, mean over the images.
-The weights are those of the last epoch ({card.run.epochs}), not of the best one; seed {card.run.args["seed"]}.
-
-| weights | top-1 | top-5 | loss |
-|---|---|---|---|
-{rows}
-
-{seeds(card)}{comparison(card)}"""
-
-
-def seeds(card: Card) -> str:
-    """How much the result depends on the seed, as the runs recorded it."""
-    if len(card.runs) == 1:
-        return 'This is one run with 1 seed: how far others would differ from it was not measured.'
-    rows = '\n'.join(
-        f'| {run.args["seed"]} | {run.last("eval_top1"):.2f} | {run.last("eval_top5"):.2f} |' for run in card.runs)
-    return f"""### Seeds
-
-The same training with {len(card.runs)} seeds, as recorded after the last epoch{held_out(card.run)}.
-Top-1, mean and sample standard deviation: **{accuracy(card.runs)}**.
-
-| seed | top-1 | top-5 |
-|---|---|---|
-{rows}"""
-
-
-def held_out(run: Record) -> str:
-    return ', on images held out of the training set' if run.args['holdout'] else ''
-
-
-def comparison(card: Card) -> str:
-    """The twin's figures beside the model's, both as their runs recorded them."""
-    if not card.twins:
-        return ''
-    run, twin = card.run, card.twins[0]
-    keys = {*run.args, *twin.args} - PLACES - {'model', 'model_kwargs', 'convert'}
-    different = [
-        f'`{key}`: {run.args.get(key)} here, {twin.args.get(key)} there'
-        for key in sorted(keys) if run.args.get(key) != twin.args.get(key)]
-    arguments = f'other arguments: {"; ".join(different)}' if different else 'the same arguments'
-    if twin.images != run.images:
-        arguments += f', and evaluated on {twin.images:,} images, not {run.images:,}'
-    timed = compared(card.runs, card.twins)
-    rows = '\n'.join(map(comparison_row, (card.runs, card.twins), timed))
-    spread = '' if len(card.runs) == len(card.twins) == 1 else (
-        '\nOf several seeds these are the mean and the sample standard deviation.')
-    machine, other = (record.machine for record in timed)
-    speeds = f'Speeds are those of seed {timed[0].args["seed"]}, on {machine}.'
-    if other != machine:
-        speeds = f'The speeds do not compare: they are those on {machine}, and of the twin on {other}.'
-    return f"""
-
-### Model Comparison
-
-The twin was trained with {arguments}. Both as recorded after the last
-epoch of training{held_out(run)}.{spread}
-
-| model | arguments | seeds | epochs | top-1 | top-5 | parameters (M) | GMACs | images/s in training |
-|---|---|---|---|---|---|---|---|---|
-{rows}
-
-{speeds}"""
-
-
-def comparison_row(runs: Sequence[Record], timed: Record) -> str:
-    args = runs[0].args
-    kwargs = dict(args['model_kwargs'])
-    if args['input_size']:
-        kwargs['in_chans'] = args['input_size'][0]
-    model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)
-    if args['convert']:
-        convert(model, **args['convert'])
-    size = timm.data.resolve_data_config(args, model=model)['input_size']
-    arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
-    cells = [
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
-        ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
-        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{timed.speed:.0f}']
-    return f'| {" | ".join(map(str, cells))} |'
-
-
-def limitations(card: Card) -> str:
-    trained = 'measured at that size, and trained at it and smaller ones' if card.run.args.get('train_sizes') else (
-        'trained and measured at that size')
-    lines = [
-        f'- It knows the classes of {card.dataset} and answers with one of them whatever an image shows.',
-        f'- Images are resized to {card.size[1]} x {card.size[2]} pixels. It was {trained}.',
-        '- Robustness, calibration and fairness were not measured.',
-    ]
-    if len(card.runs) == 1:
-        lines += ['- One run says little about small differences between models: runs with other seeds differ too.']
-    sampling = card.layer_args.get('sampling_type', 'all')
-    if 'convnn' in card.layer and sampling == 'all':
-        lines += ['- Each position is compared with every other one: the cost grows with the square of their number.']
-    if sampling == 'random':
-        lines += ['- Similar positions are searched among random ones. In evaluation these are the same on each call.']
-    return '## Limitations\n\n' + '\n'.join(lines)
