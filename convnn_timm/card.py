@@ -22,18 +22,18 @@ from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs, count_parameters
 from .models._weights import WeightsError, namespace
 from .train_args import defaults
+from .train_data import EVAL_SPLITS
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'compared', 'machine_name', 'read_card', 'read_config',
     'write_card']
 
-# Data sets by what the tag begins with, before an underscore: identifier on the Hub, name, and what the split to
-# evaluate on is called there.
+# Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
     'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
     'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),
-    'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation'),
+    'imagenet': ('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation'),
 }
 # Models by the layer in their name.
 KINDS = {
@@ -247,24 +247,33 @@ class Card:
             embeddings=tuple(self.model.forward_head(features, pre_logits=True).shape),
             maps=[tuple(feature.shape) for feature in maps])
 
-    @property
-    def on_the_hub(self) -> Tuple[str, str, str]:
-        """The data set, as in `DATASETS`."""
-        tag = self.evaluation['tag']
-        return DATASETS.get(tag.partition('_')[0], (tag, tag, self.evaluation['split']))
+    @cached_property
+    def dataset(self) -> Tuple[str, str, str]:
+        """The data set's identifier on the Hub, '' if it has none, its name, and that of the split evaluated on.
 
-    @property
-    def dataset(self) -> str:
-        return self.on_the_hub[1]
-
-    @property
-    def split(self) -> str:
-        return self.on_the_hub[2]
+        They are what the user told `export`, else what the run's arguments name: of a folder only its own name.
+        """
+        args, told = self.run.args, self.evaluation
+        source, _, given = args['dataset'].partition('/')
+        hub_id = given if source.lower() == 'hfds' and given.count('/') == 1 else ''
+        folder, split = Path(args['data_dir']).name, told['split']
+        name = given or (f'the folder {folder}' if folder else 'a folder')
+        if source.lower() == 'torch' and given.lower() in DATASETS:
+            hub_id, name, own_split = DATASETS[given.lower()]
+            split = own_split if split in EVAL_SPLITS else split
+        if told.get('dataset_id'):
+            hub_id = told['dataset_id']
+            name = next((known for id, known, _ in DATASETS.values() if id == hub_id), hub_id)
+        return hub_id, told.get('dataset_name') or name, told.get('dataset_split') or split
 
     @property
     def data(self) -> str:
         note = self.evaluation['note']
-        return f'{self.dataset} ({note})' if note else self.dataset
+        return f'{self.dataset[1]} ({note})' if note else self.dataset[1]
+
+    @property
+    def split(self) -> str:
+        return self.dataset[2]
 
     @property
     def changed(self) -> List[str]:
@@ -380,19 +389,19 @@ def write_card(folder: Path, name: str) -> None:
 
 def metadata(card: Card) -> ModelCardData:
     measured = card.evaluation[card.evaluation['stored']]
-    dataset_id, _, split = card.on_the_hub
+    dataset_id, name, split = card.dataset
     return ModelCardData(
         license=card.config['pretrained_cfg'].get('license') or 'mit',  # a converted network keeps its own
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'convnn'],
-        datasets=[dataset_id] if '/' in dataset_id else None,
+        datasets=[dataset_id] if dataset_id else None,
         metrics=['accuracy'],
         model_name=card.name,
         eval_results=[
             EvalResult(
                 task_type='image-classification',
-                dataset_type=dataset_id,
+                dataset_type=dataset_id or (name if card.run.args['dataset'] else 'imagefolder'),
                 dataset_name=card.data,
                 dataset_split=split,
                 metric_type='accuracy',

@@ -199,7 +199,7 @@ def build_parser() -> Parser:
         'export output/my-run --tag cifar10 --twin output/my-conv-run --data-note "JPEG re-encoding, quality 75"')
     sub.add_argument('run', type=Path, metavar='RUN', help='run folder of a finished training')
     sub.add_argument(
-        '--tag', required=True, help='the data, such as cifar10 or cifar10_mine; the weight is <architecture>.TAG')
+        '--tag', required=True, help='what the name ends with, such as cifar10 or cifar10_mine: <architecture>.TAG')
     sub.add_argument(
         '--output', type=Path, metavar='DIR',
         help='where to make it (default: model_cards of the checkout, RUN without one)')
@@ -209,6 +209,13 @@ def build_parser() -> Parser:
     sub.add_argument(
         '--seeds', nargs='+', type=Path, default=(), metavar='RUN',
         help='runs of the same training with other seeds, for mean and spread')
+    sub.add_argument(
+        '--dataset-id', default='', metavar='OWNER/NAME',
+        help='the data set on the Hub (default: that of a run with `--dataset torch/...` or `hfds/...`)')
+    sub.add_argument(
+        '--dataset-name', default='', metavar='TEXT', help='its name (default: a known one, or that of the folder)')
+    sub.add_argument(
+        '--dataset-split', default='', metavar='NAME', help='what it calls the split that the run was evaluated on')
     sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
     sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
     sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
@@ -374,7 +381,7 @@ def export(args: argparse.Namespace) -> None:
     from convnn_timm.models import _weights
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
-        args.force, args.seeds)
+        args.force, args.seeds, args.dataset_id, args.dataset_name, args.dataset_split)
     record = '' if (folder / hub.RECORD).is_file() else f', with a line in {_weights.MANIFEST}'
     print(f'{folder}{record}: it loads as local-dir:{folder}. Read README.md, then publish it with: '
           f'convnn-timm push {folder}')

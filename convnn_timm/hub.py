@@ -78,6 +78,9 @@ def export(
         device: str = 'cpu',
         force: bool = False,
         seeds: Sequence[Path] = (),
+        dataset_id: str = '',
+        dataset_name: str = '',
+        dataset_split: str = '',
 ) -> Path:
     """Make the folder of a published weight from the run folder that trained it, and record it.
 
@@ -97,6 +100,9 @@ def export(
         device: Where to evaluate.
         force: Replace a folder that is there, and a line of that name in the manifest.
         seeds: Run folders of the same training with other seeds, for the spread of its results.
+        dataset_id: The data set's identifier on the Hub, if the run's `--dataset` does not name it.
+        dataset_name: Its name, if it has no known one: else the card names the folder.
+        dataset_split: What the split that the run was evaluated on is called in the data set, if not as in the run.
 
     Returns:
         The folder.
@@ -115,6 +121,8 @@ def export(
             raise WeightsError(unfinished(folder))
     if not re.fullmatch('[a-z0-9][a-z0-9_]*', tag):
         raise WeightsError(f'--tag {tag}: small letters, digits and underscores, such as cifar10')
+    if dataset_id and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset_id):
+        raise WeightsError(f'--dataset-id {dataset_id}: a data set on the Hub, such as uoft-cs/cifar10')
     config = read_config(run / 'model')
     if not timm.models.is_model_in_modules(
             config['architecture'], ['convnn_converted', 'convnn_resnet', 'convnn_vgg']):
@@ -144,8 +152,8 @@ def export(
     inference = measure_speed(model, tuple(config['pretrained_cfg']['input_size']), args)
     config['pretrained_cfg']['tag'] = tag
     evaluation = dict(
-        tag=tag, split=args.val_split, note=data_note, train_images=train_images, stored=stored, **results,
-        inference=inference)
+        tag=tag, split=args.val_split, note=data_note, dataset_id=dataset_id, dataset_name=dataset_name,
+        dataset_split=dataset_split, train_images=train_images, stored=stored, **results, inference=inference)
     new = output / f'.{name}.partial'
     shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
     try:

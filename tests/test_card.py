@@ -52,7 +52,8 @@ def publish(base: Path) -> Path:
         make_checkout(root, patch)
         hub.export(
             root / 'output' / 'resnet18_convnn_branching', 'cifar10', twin=root / 'output' / 'resnet18_conv2d',
-            data_note='made of noise', seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)])
+            data_note='made of noise', seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)],
+            dataset_id='uoft-cs/cifar10', dataset_split='test')
     (root / 'model_cards').rename(root / 'cards')
     (root / 'model_cards').mkdir()
     return root
@@ -254,6 +255,8 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
         capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', tmp_path / 'pets')
     before = manifest.read_text()
     assert 'is the name of other weights' in error_of(capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path)
+    assert '--dataset-id my photos: a data set on the Hub, such as uoft-cs/cifar10' in error_of(
+        capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--dataset-id', 'my photos')
     assert manifest.read_text() == before and not (tmp_path / NAME).exists()
 
 
@@ -529,23 +532,46 @@ def test_the_card_says_how_images_were_cropped(card, crop_padding, rows):
     assert rows in text and text.count('| crop_') == rows.count('| crop_')
 
 
-def test_a_card_without_twin_recipe_classes_or_known_data(card):
+def test_a_card_without_twin_recipe_or_classes(card):
     shutil.rmtree(card / 'training' / 'twin')
     shutil.rmtree(card / 'training' / 'seeds')
     (card / 'training' / 'recipe.yaml').unlink()
     rewrite(card / 'config.json', label_names=None)
-    rewrite(card / 'training' / 'evaluation.json', tag='noise', note='')
+    rewrite(card / 'training' / 'evaluation.json', note='')
     hub.write_card(card, NAME)
     text = (card / 'README.md').read_text()
-    assert 'twin' not in text and 'recipe' not in text and 'None' not in text and 'Trained on noise.' in text
-    assert ModelCard.load(card / 'README.md').data.datasets is None
+    assert 'twin' not in text and 'recipe' not in text and 'None' not in text
+    assert 'Trained on CIFAR-10: 48 images in 3 classes.' in text and '**Classes:** 3\n' in text
 
 
-def test_a_tag_may_tell_weights_of_the_same_data_apart(card):
-    rewrite(card / 'training' / 'evaluation.json', tag='cifar10_mine')
+@pytest.mark.parametrize('args, told, name, hub_id, split', [
+    ({}, {}, 'the folder images', None, 'validation'),  # though the tag is cifar10
+    (dict(data_dir='.'), {}, 'a folder', None, 'validation'),
+    ({}, dict(dataset_name='Pets'), 'Pets', None, 'validation'),
+    ({}, dict(dataset_id='me/pets'), 'me/pets', 'me/pets', 'validation'),
+    ({}, dict(dataset_id='me/pets', dataset_name='Pets', dataset_split='dev'), 'Pets', 'me/pets', 'dev'),
+    ({}, dict(dataset_id='uoft-cs/cifar100', dataset_split='test'), 'CIFAR-100', 'uoft-cs/cifar100', 'test'),
+    (dict(dataset='torch/cifar10'), {}, 'CIFAR-10', 'uoft-cs/cifar10', 'test'),
+    (dict(dataset='torch/cifar10'), dict(split='train'), 'CIFAR-10', 'uoft-cs/cifar10', 'train'),
+    (dict(dataset='torch/places365'), {}, 'places365', None, 'validation'),
+    (dict(dataset='hfds/me/pets'), {}, 'me/pets', 'me/pets', 'validation'),
+    (dict(dataset='hfds/pets'), {}, 'pets', None, 'validation'),
+])
+def test_the_data_is_what_the_run_and_the_user_say_it_is(card, args, told, name, hub_id, split):
+    """A tag alone says nothing, and no identifier on the Hub is made up."""
+    unknown = dict(dataset_id='', dataset_name='', dataset_split='')
+    rewrite(card / 'training' / 'evaluation.json', **{**unknown, 'tag': 'cifar10', **told})
+    file = card / 'training' / 'args.yaml'
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **args}))
     hub.write_card(card, NAME)
-    assert ModelCard.load(card / 'README.md').data.datasets == ['uoft-cs/cifar10']
-    assert 'Trained on CIFAR-10 (made of noise).' in (card / 'README.md').read_text()
+    data, text = ModelCard.load(card / 'README.md').data, (card / 'README.md').read_text()
+    classes = '' if hub_id else ' (bee, cat, dog)'
+    assert f'Trained on {name} (made of noise): 48 images in 3 classes{classes}.\n' in text
+    assert f'On all 24 images of the split `{split}` of {name} (made of noise)' in text
+    assert data.datasets == (hub_id and [hub_id])
+    result = data.eval_results[0]
+    assert result.dataset_type == hub_id or not hub_id and '/' not in result.dataset_type
+    assert result.dataset_name == f'{name} (made of noise)' and result.dataset_split == split
 
 
 def test_a_converted_network_is_published_with_its_own_licence_and_start(
@@ -565,7 +591,7 @@ def test_a_converted_network_is_published_with_its_own_licence_and_start(
     card = ModelCard.load(folder / 'README.md')
     assert card.data.license == 'apache-2.0' and card.data.datasets is None
     assert card.data.eval_results[0].dataset_split == 'validation'
-    assert 'On noise, from the weights in `start.safetensors`. All arguments' in card.content
+    assert 'On the folder images, from the weights in `start.safetensors`. All arguments' in card.content
     assert "timm.create_model('hf-hub:convnn-timm/test_resnet_converted.noise', pretrained=True)" in card.content
     assert cli.main(['verify', str(folder)]) == 0
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).layer1[0].conv1.branch1.num_samples == 8
