@@ -16,18 +16,19 @@ import torch
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import parse_model_name
 
 from .conversion import convert
 from .layers import LAYER_TYPES, layer_arguments
 from .macs import count_macs, count_parameters
-from .models._weights import WeightsError, namespace
+from .models._weights import WeightsError, find_entry, namespace, split_revision
 from .train_args import defaults
 from .train_data import EVAL_SPLITS
 from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
-    'PLACES', 'Card', 'Record', 'accuracy', 'build_model', 'compared', 'machine_name', 'read_card', 'read_config',
-    'write_card']
+    'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',
+    'read_card', 'read_config', 'write_card']
 
 # Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
@@ -387,11 +388,44 @@ def write_card(folder: Path, name: str) -> None:
     (folder / 'README.md').write_text(f'{text}\n', encoding='utf-8')
 
 
+def base_of(args: Dict[str, Any]) -> Optional[str]:
+    """Repository on the Hub of the weights that a run started from, if its arguments tell and there is one."""
+    if not args['pretrained'] or args['initial_checkpoint']:
+        return None
+    source, name = parse_model_name(args['model'])
+    if source:
+        return split_revision(name)[0] if source == 'hf-hub' else None
+    if name == 'convnn_converted':
+        name = args['model_kwargs'].get('base', 'resnet18')
+    repo = timm.get_pretrained_cfg(name).hf_hub_id
+    entry = find_entry(repo) if repo else None
+    return None if entry and entry['revision'] is None else repo  # which was not pushed yet
+
+
+def empty_fields(folder: Path) -> Dict[str, str]:
+    """What the card of a published weight leaves open, and the flag of `export` that fills it."""
+    try:
+        data = ModelCard.load(folder / 'README.md').data
+    except (ValueError, yaml.YAMLError) as error:
+        raise WeightsError(f'{folder / "README.md"}: the header is not YAML: {error}') from error
+    record = folder / 'training' / 'args.yaml'
+    args = yaml.safe_load(record.read_text()) if record.is_file() else {}
+    empty = {}
+    if not data.license:
+        empty['licence'] = '--license'
+    if not data.datasets:
+        empty['data set on the Hub'] = '--dataset-id'
+    if not data.base_model and (args.get('pretrained') or args.get('initial_checkpoint')):
+        empty['base model, though the training started from weights'] = '--base-model'
+    return empty
+
+
 def metadata(card: Card) -> ModelCardData:
     measured = card.evaluation[card.evaluation['stored']]
     dataset_id, name, split = card.dataset
     return ModelCardData(
-        license=card.config['pretrained_cfg'].get('license') or 'mit',  # a converted network keeps its own
+        license=card.config['pretrained_cfg'].get('license'),
+        base_model=card.evaluation.get('base_model'),
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'convnn'],

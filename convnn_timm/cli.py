@@ -216,6 +216,12 @@ def build_parser() -> Parser:
         '--dataset-name', default='', metavar='TEXT', help='its name (default: a known one, or that of the folder)')
     sub.add_argument(
         '--dataset-split', default='', metavar='NAME', help='what it calls the split that the run was evaluated on')
+    sub.add_argument(
+        '--license', default='', metavar='ID',
+        help="the weights' licence, such as mit or apache-2.0 (default: that of the --pretrained it began with)")
+    sub.add_argument(
+        '--base-model', default='', metavar='OWNER/NAME',
+        help='the weights on the Hub that it began with (default: those of its --pretrained)')
     sub.add_argument('--data-note', default='', metavar='TEXT', help='what the card says about the images')
     sub.add_argument('--data-dir', default='', metavar='DIR', help='where the images are, if not where they were')
     sub.add_argument('--device', metavar='DEVICE', help='to evaluate on (default: cuda if there is one, else cpu)')
@@ -381,7 +387,8 @@ def export(args: argparse.Namespace) -> None:
     from convnn_timm.models import _weights
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
-        args.force, args.seeds, args.dataset_id, args.dataset_name, args.dataset_split)
+        args.force, args.seeds, args.dataset_id, args.dataset_name, args.dataset_split, args.license,
+        args.base_model)
     record = '' if (folder / hub.RECORD).is_file() else f', with a line in {_weights.MANIFEST}'
     print(f'{folder}{record}: it loads as local-dir:{folder}. Read README.md, then publish it with: '
           f'convnn-timm push {folder}')

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 
 import convnn_timm.models  # noqa: F401, registers the models
-from .card import PLACES, Record, build_model, machine_name, read_config, write_card
+from .card import PLACES, Record, base_of, build_model, empty_fields, machine_name, read_config, write_card
 from .images import image_mode, sample_photographs
 from .models import _weights
 from .models._weights import (
@@ -81,12 +81,14 @@ def export(
         dataset_id: str = '',
         dataset_name: str = '',
         dataset_split: str = '',
+        license: str = '',
+        base_model: str = '',
 ) -> Path:
     """Make the folder of a published weight from the run folder that trained it, and record it.
 
     In the model_cards/ of a checkout, its record is a line in the package's manifest, elsewhere a file in the folder.
     The weights are evaluated on the whole evaluation split, in float32 and rounded to float16, and are stored rounded
-    if that costs at most 0.05 points of top-1.
+    if that costs at most 0.05 points of top-1. A warning names what the card leaves empty.
 
     Args:
         run: Run folder of a finished training.
@@ -103,6 +105,9 @@ def export(
         dataset_id: The data set's identifier on the Hub, if the run's `--dataset` does not name it.
         dataset_name: Its name, if it has no known one: else the card names the folder.
         dataset_split: What the split that the run was evaluated on is called in the data set, if not as in the run.
+        license: The Hub's identifier of the weights' licence; by default that of the pretrained weights which the run
+            started from, if timm knows it.
+        base_model: Repository on the Hub of the weights that the run started from; by default that of `--pretrained`.
 
     Returns:
         The folder.
@@ -121,8 +126,12 @@ def export(
             raise WeightsError(unfinished(folder))
     if not re.fullmatch('[a-z0-9][a-z0-9_]*', tag):
         raise WeightsError(f'--tag {tag}: small letters, digits and underscores, such as cifar10')
-    if dataset_id and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset_id):
-        raise WeightsError(f'--dataset-id {dataset_id}: a data set on the Hub, such as uoft-cs/cifar10')
+    for flag, value, pattern, example in (
+            ('--license', license, r'[a-z0-9.-]+', 'an identifier such as mit or apache-2.0, in small letters'),
+            ('--dataset-id', dataset_id, r'[\w.-]+(/[\w.-]+)?', 'a data set on the Hub, such as uoft-cs/cifar10'),
+            ('--base-model', base_model, r'[\w.-]+/[\w.-]+', 'a repository on the Hub, OWNER/NAME')):
+        if value and not re.fullmatch(pattern, value):
+            raise WeightsError(f'{flag} {value}: {example}')
     config = read_config(run / 'model')
     if not timm.models.is_model_in_modules(
             config['architecture'], ['convnn_converted', 'convnn_resnet', 'convnn_vgg']):
@@ -150,10 +159,15 @@ def export(
     args, model, loader, train_images = open_evaluation(run, data_dir, device)
     stored, results, state_dict = choose_precision(model, loader, args.channels_last)
     inference = measure_speed(model, tuple(config['pretrained_cfg']['input_size']), args)
-    config['pretrained_cfg']['tag'] = tag
+    started = Record(run).args
+    base_license = config['pretrained_cfg'].pop('license', '')  # of the weights that timm has for this architecture
+    if not license and started['pretrained'] and not started['initial_checkpoint']:
+        license = base_license
+    config['pretrained_cfg'].update(tag=tag, **(dict(license=license) if license else {}))
     evaluation = dict(
         tag=tag, split=args.val_split, note=data_note, dataset_id=dataset_id, dataset_name=dataset_name,
-        dataset_split=dataset_split, train_images=train_images, stored=stored, **results, inference=inference)
+        dataset_split=dataset_split, base_model=base_model or base_of(started), train_images=train_images,
+        stored=stored, **results, inference=inference)
     new = output / f'.{name}.partial'
     shutil.rmtree(new, ignore_errors=True)  # of a call that was killed
     try:
@@ -177,7 +191,14 @@ def export(
         shutil.rmtree(new, ignore_errors=True)
     if listed:
         write_entry(entry)
+    warn_of_empty_fields(folder)
     return folder
+
+
+def warn_of_empty_fields(folder: Path) -> None:
+    """Say what the card of a published weight leaves empty, and how to fill it."""
+    for field, flag in empty_fields(folder).items():
+        _logger.warning(f'{folder}: the card names no {field}; `convnn-timm export {flag}` fills it in')
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -605,6 +626,7 @@ def push(
     problems = [f'{folder / path} is not a file that export writes: move it away' for path in strangers(folder)]
     if problems := problems or check_folder(folder, entry):
         raise WeightsError('\n'.join(['nothing was sent:', *problems]))
+    warn_of_empty_fields(folder)
 
     api, files = HfApi(), files_for(repo, folder)
     with explained(repo, revision, ', what was sent is kept'):

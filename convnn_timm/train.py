@@ -238,6 +238,8 @@ def create_model(args: argparse.Namespace, resumed: bool = False) -> nn.Module:
         )
         if args.convert:
             _logger.info(convert(model, **args.convert))
+        if not args.pretrained or args.initial_checkpoint:
+            model.pretrained_cfg.pop('license', None)  # of other weights than these
         return model
     except RuntimeError as error:
         if 'No pretrained weights exist' in str(error):

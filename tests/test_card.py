@@ -14,9 +14,10 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
+from timm.models import save_for_hf
 
 from convnn_timm import cli, hub
-from convnn_timm.card import Record, read_card, write_card
+from convnn_timm.card import Record, base_of, read_card, write_card
 from convnn_timm.models import _weights
 from convnn_timm.train import main as train
 
@@ -53,7 +54,7 @@ def publish(base: Path) -> Path:
         hub.export(
             root / 'output' / 'resnet18_convnn_branching', 'cifar10', twin=root / 'output' / 'resnet18_conv2d',
             data_note='made of noise', seeds=[repeat(root / 'output' / 'resnet18_convnn_branching', 1)],
-            dataset_id='uoft-cs/cifar10', dataset_split='test')
+            dataset_id='uoft-cs/cifar10', dataset_split='test', license='mit')
     (root / 'model_cards').rename(root / 'cards')
     (root / 'model_cards').mkdir()
     return root
@@ -255,8 +256,9 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
         capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--data-dir', tmp_path / 'pets')
     before = manifest.read_text()
     assert 'is the name of other weights' in error_of(capsys, 'export', run, '--tag', 'cifar10', '--output', tmp_path)
-    assert '--dataset-id my photos: a data set on the Hub, such as uoft-cs/cifar10' in error_of(
-        capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, '--dataset-id', 'my photos')
+    for flag, value in (('--dataset-id', 'my photos'), ('--license', 'MIT'), ('--base-model', 'resnet18')):
+        assert f'{flag} {value}: a' in error_of(
+            capsys, 'export', run, '--tag', 'noise', '--output', tmp_path, flag, value)
     assert manifest.read_text() == before and not (tmp_path / NAME).exists()
 
 
@@ -574,27 +576,64 @@ def test_the_data_is_what_the_run_and_the_user_say_it_is(card, args, told, name,
     assert result.dataset_name == f'{name} (made of noise)' and result.dataset_split == split
 
 
-def test_a_converted_network_is_published_with_its_own_licence_and_start(
-        published, manifest, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize('args, repository', [
+    (dict(model='resnet18.a1_in1k'), 'timm/resnet18.a1_in1k'),
+    (dict(model='test_resnet'), 'timm/test_resnet.r160_in1k'),
+    (dict(model='convnn_converted', model_kwargs=dict(base='resnet18.a1_in1k')), 'timm/resnet18.a1_in1k'),
+    (dict(model='hf-hub:me/net@v1'), 'me/net'),
+    (dict(model='local-dir:net'), None),
+    (dict(model='resnet18_conv2d'), None),
+    (dict(model=NAME), None),  # its repository does not exist yet
+    (dict(model='resnet18.a1_in1k', pretrained=False), None),
+    (dict(model='resnet18.a1_in1k', initial_checkpoint='other.safetensors'), None),
+])
+def test_the_base_model_is_what_the_run_started_from(args, repository):
+    assert base_of(dict(pretrained=True, initial_checkpoint='', model_kwargs={}) | args) == repository
+
+
+def converted_run(published: Path, output: Path, *flags: str) -> Path:
+    return train([
+        '--data-dir', f'{published}/images', *flags, '--convert',
+        *'where=layer1.* sampling_type=random num_samples=8 K=3'.split(), '--img-size', '64', '-b', '8', '--opt', 'sgd',
+        '--lr', '0.01', *'--epochs 1 --warmup-epochs 0 --workers 0 --no-amp --device cpu'.split(),
+        '--output', str(output), '--experiment', 'run'])
+
+
+def test_no_licence_and_no_start_is_assumed(published, manifest, capsys, caplog, tmp_path, monkeypatch):
     """From the weights that the training starts from to logits that the command checks."""
     monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
     start = tmp_path / 'start.safetensors'
     save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), start)
-    train([
-        '--data-dir', f'{published}/images', '--model', 'test_resnet', '--initial-checkpoint', str(start), '--convert',
-        *'where=layer1.* sampling_type=random num_samples=8 K=3'.split(), '--img-size', '64', '-b', '8', '--opt', 'sgd',
-        '--lr', '0.01', *'--epochs 1 --warmup-epochs 0 --workers 0 --no-amp --device cpu'.split(),
-        '--output', str(tmp_path), '--experiment', 'run'])
-    assert cli.main(['export', f'{tmp_path}/run', '--tag', 'noise']) == 0
+    run = converted_run(published, tmp_path, '--model', 'test_resnet', '--initial-checkpoint', str(start))
+    assert 'license' not in json.loads((run / 'model' / 'config.json').read_text())['pretrained_cfg']
+    call = ['export', str(run), '--tag', 'noise']
+    assert cli.main(call) == 0
     folder = tmp_path / 'checkout' / 'model_cards' / 'test_resnet_converted.noise'
     assert f'{folder}, with a line in {manifest}: it loads as local-dir:{folder}' in capsys.readouterr().out
+    for field, flag in (
+            ('licence', 'license'), ('data set on the Hub', 'dataset-id'),
+            ('base model, though the training started from weights', 'base-model')):
+        assert f'{folder}: the card names no {field}; `convnn-timm export --{flag}` fills it in' in caplog.text
     card = ModelCard.load(folder / 'README.md')
-    assert card.data.license == 'apache-2.0' and card.data.datasets is None
-    assert card.data.eval_results[0].dataset_split == 'validation'
+    assert card.data.license is None and card.data.datasets is None and card.data.base_model is None
     assert 'On the folder images, from the weights in `start.safetensors`. All arguments' in card.content
     assert "timm.create_model('hf-hub:convnn-timm/test_resnet_converted.noise', pretrained=True)" in card.content
     assert cli.main(['verify', str(folder)]) == 0
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).layer1[0].conv1.branch1.num_samples == 8
+
+    caplog.clear()
+    told = ['--license', 'cc-by-4.0', '--base-model', 'me/start', '--dataset-id', 'me/noise']
+    assert cli.main([*call, '--force', *told]) == 0 and not caplog.text
+    data = ModelCard.load(folder / 'README.md').data
+    assert (data.license, data.base_model, data.datasets) == ('cc-by-4.0', 'me/start', ['me/noise'])
+
+
+def test_a_fine_tuned_network_keeps_the_licence_of_its_start(published, manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'start', safe_serialization=True)
+    run = converted_run(published, tmp_path, '--model', f'local-dir:{tmp_path}/start', '--pretrained')
+    data = ModelCard.load(hub.export(run, 'noise', tmp_path / 'cards') / 'README.md').data
+    assert data.license == 'apache-2.0'
 
 
 # The tables of results
