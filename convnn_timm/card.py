@@ -407,7 +407,7 @@ def empty_fields(folder: Path) -> Dict[str, str]:
     try:
         data = ModelCard.load(folder / 'README.md').data
     except (ValueError, yaml.YAMLError) as error:
-        raise WeightsError(f'{folder / "README.md"}: the header is not YAML: {error}') from error
+        raise WeightsError(f'{folder / "README.md"}: its metadata cannot be read: {error}') from error
     record = folder / 'training' / 'args.yaml'
     args = yaml.safe_load(record.read_text()) if record.is_file() else {}
     empty = {}

@@ -216,6 +216,25 @@ def test_push_removes_what_is_no_longer_there_and_sends_what_changed(session, on
     assert not posted(on_the_hub, 'PUT')
 
 
+def test_push_says_what_the_card_leaves_empty(session, hub):
+    card = session.folder / 'README.md'
+    text = card.read_text()
+    card.write_text(text.replace('license: mit\n', '').replace('datasets:\n- uoft-cs/cifar10\n', ''))
+    args = session.folder / 'training' / 'args.yaml'
+    args.write_text(args.read_text().replace('pretrained: false', 'pretrained: true'))
+    push = f"run('push', {str(session.folder)!r})"
+    done = session(push, token='hf_write')
+    assert 'status 0' in done.out
+    for field, flag in ('licence', 'license'), ('data set on the Hub', 'dataset-id'), ('base model, ', 'base-model'):
+        assert re.search(f'the card names no {field}.*; `convnn-timm export --{flag}` fills it in', done.err)
+    card.write_text(text.replace('license: mit', 'license: [mit'))
+    done = session(push, token='hf_write')
+    assert f'error: {card}: its metadata cannot be read' in done.err and 'status 1' in done.out
+    card.write_text(text)
+    args.write_text(args.read_text().replace('pretrained: true', 'pretrained: false'))
+    assert 'names no' not in session(push, token='hf_write').err
+
+
 def test_push_as_somebody_else_and_private(session, hub):
     done = session(f"run('push', {str(session.folder)!r}, '--namespace', 'alice', '--private')", token='hf_other')
     assert 'status 0' in done.out, done.err
