@@ -111,13 +111,14 @@ class Record:
         rows = self.summary[len(self.args['train_sizes'] or ()):] or self.summary
         return median(float(row['train_images_per_s']) for row in rows)
 
-    def epoch_seconds(self, images: int) -> float:
-        """Seconds that an epoch of so many images takes in training, at that speed."""
-        return images / self.speed
+    @property
+    def machines(self) -> List[str]:
+        """Where it ran; several if it was resumed elsewhere."""
+        return [*dict.fromkeys(map(machine_name, self.environments))]
 
     @property
     def machine(self) -> str:
-        return ', then '.join(dict.fromkeys(map(machine_name, self.environments)))
+        return ', then '.join(self.machines)
 
 
 def read_runs(folder: Path) -> List[Record]:
@@ -126,11 +127,11 @@ def read_runs(folder: Path) -> List[Record]:
     return [Record(path) for path in (folder, *repetitions)]
 
 
-def compared(runs: Sequence[Record], twins: Sequence[Record]) -> Tuple[Record, Record]:
-    """A run and a twin whose speeds compare, if there are such: of the same seed, on the same machine."""
+def compared(runs: Sequence[Record], twins: Sequence[Record]) -> Optional[Tuple[Record, Record]]:
+    """A run and a twin whose speeds compare, of the same seed and each on the same single machine; None without any."""
     same = ((run, twin) for run in runs for twin in twins
-            if run.args['seed'] == twin.args['seed'] and run.machine == twin.machine)
-    return next(same, (runs[0], twins[0]))
+            if run.args['seed'] == twin.args['seed'] and run.machines == twin.machines and len(run.machines) == 1)
+    return next(same, None)
 
 
 def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
@@ -332,22 +333,24 @@ class Card:
             f'`{key}`: {here.get(key)} here, {there.get(key)} there'
             for key in sorted(keys) if here.get(key) != there.get(key)]
 
+    @cached_property
+    def timed(self) -> Optional[Tuple[Record, Record]]:
+        """A run and a twin whose speeds compare; None without any."""
+        return compared(self.runs, self.twins)
+
+    @property
+    def step_time(self) -> str:
+        """Time of a training step, as a multiple of the twin's, or a dash."""
+        return f'{self.timed[1].speed / self.timed[0].speed:.1f} x' if self.timed else '–'
+
     @property
     def comparison(self) -> List[Tuple[Any, ...]]:
         """Rows of the model and its twin."""
-        timed = compared(self.runs, self.twins)
-        return [comparison_row(*pair) for pair in zip((self.runs, self.twins), timed)]
-
-    @property
-    def speeds(self) -> str:
-        timed = compared(self.runs, self.twins)
-        machine, other = (record.machine for record in timed)
-        if other != machine:
-            return f'The speeds do not compare: they are those on {machine}, and of the twin on {other}.'
-        return f'Speeds are those of seed {timed[0].args["seed"]}, on {machine}.'
+        twin_time = '1' if self.timed else '–'
+        return [(*comparison_row(self.runs), self.step_time), (*comparison_row(self.twins), twin_time)]
 
 
-def comparison_row(runs: Sequence[Record], timed: Record) -> Tuple[Any, ...]:
+def comparison_row(runs: Sequence[Record]) -> Tuple[Any, ...]:
     args = runs[0].args
     kwargs = dict(args['model_kwargs'])
     if args['input_size']:
@@ -360,7 +363,7 @@ def comparison_row(runs: Sequence[Record], timed: Record) -> Tuple[Any, ...]:
     return (
         f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
         ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
-        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}', f'{timed.speed:.0f}')
+        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}')
 
 
 def read_card(folder: Path, name: str) -> Card:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
-from convnn_timm.card import Card, Record, accuracy, compared, read_card
+from convnn_timm.card import Card, Record, accuracy, read_card
 from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._weights import published_names
@@ -27,16 +27,15 @@ CIFAR-10 here is [a JPEG re-encoding of quality 75](https://github.com/YoongiKim
 how the published form was found, [signal_1d.md](signal_1d.md) is the 1-D example, [benchmarks](benchmarks) has the speeds.
 
 """
-COLUMNS = ('run', 'model', 'seed', 'epochs', 'top-1', 'top-5', 'images/s', 'waiting for data', 'machine')
+COLUMNS = ('run', 'model', 'seed', 'epochs', 'top-1', 'top-5', 'waiting for data', 'machine')
 ZOO_COLUMNS = (
-    'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', 'seconds an epoch', 'of the twin',
-    'machine')
+    'weights', 'top-1', 'seeds', 'twin, its top-1', 'parameters', 'MACs', 'epochs', "step time, of the twin's")
 ZOO = """{table}
 Trained on {data}.
 Top-1 is that of the last epoch on the whole test set: the mean over the seeds and their sample standard deviation. A
 difference between single runs may be chance. The twin is the same network with convolutions, trained in the same way.
-Seconds are those of the median epoch of full-size images, for model and twin on the same machine; those on different
-machines do not compare. Each model card has the figures of the file itself, and how it was trained.
+Step times are those of the median epoch of full-size images, where model and twin were trained on one machine. Each
+model card has the figures of the file itself, and how it was trained.
 """
 EMPTY_ZOO = 'No weights are published yet.\n'
 
@@ -55,21 +54,15 @@ def run_row(folder: Path) -> List[str]:
     waiting = float(run.summary[-1]['train_data_share'])
     return [
         f'[{folder.name}]({folder.name})', with_arguments(run.args['model'], run.args['model_kwargs']), run.args['seed'],
-        run.epochs, top1([run]), f'{run.last("eval_top5"):.2f}',
-        f'{run.last("train_images_per_s"):.0f}', f'{waiting:.2%}', run.machine]
+        run.epochs, top1([run]), f'{run.last("eval_top5"):.2f}', f'{waiting:.2%}', run.machine]
 
 
 def zoo_row(card: Card, link: str) -> List[str]:
-    run, twin, twin_name = card.run, None, ''
-    if card.twins:
-        run, twin = compared(card.runs, card.twins)
-        twin_name = f'`{twin.args["model"]}` {top1(card.twins)}'
-    images = card.evaluation['train_images']
     return [
-        f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'), twin_name,
-        f'{count_parameters(card.model) / 1e6:.1f} M', f'{count_macs(card.model, tuple(card.size)) / 1e9:.3f} G',
-        run.epochs, f'{run.epoch_seconds(images):.0f}',
-        f'{twin.epoch_seconds(images):.0f}' if twin and twin.machine == run.machine else '', run.machine]
+        f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'),
+        f'`{card.twins[0].args["model"]}` {top1(card.twins)}' if card.twins else '',
+        f'{card.parameters / 1e6:.1f} M', f'{card.macs / 1e9:.3f} G', card.run.epochs,
+        card.step_time + (f', on {card.timed[0].machine}' if card.timed else '')]
 
 
 def top1(runs: Sequence[Record]) -> str:
