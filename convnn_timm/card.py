@@ -5,6 +5,7 @@ evaluation.json), sizes and costs from the model that config.json describes.
 """
 import inspect
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',
-    'read_card', 'read_config', 'write_card']
+    'read_card', 'read_config', 'text', 'write_card']
 
 # Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
@@ -160,6 +161,23 @@ def machine_name(environment: Dict[str, Any]) -> str:
     return environment['gpu'] or f'{environment["cpu"]}{vectors}, {threads} thread{"s" if threads > 1 else ""}'
 
 
+def printable(value: Any) -> str:
+    """The value in one line, without control characters."""
+    return ''.join(c if c.isprintable() else ' ' for c in str(value))
+
+
+def text(value: Any) -> str:
+    """Markdown that shows the value as it is. (A table escapes the bars in its cells.)"""
+    return re.sub(r'([\\`*\[\]<>&~$#]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))', r'\\\1', printable(value))
+
+
+def code(value: Any) -> str:
+    """Markdown that shows the value as code."""
+    value = printable(value)
+    ticks = '`' * (1 + max(map(len, re.findall('`+', value)), default=0))
+    return f'{ticks} {value} {ticks}' if '`' in value else f'{ticks}{value}{ticks}'
+
+
 @dataclass
 class Card:
     """What the card says, from the files that it is made from. The words between the values are in TEMPLATE."""
@@ -216,7 +234,8 @@ class Card:
 
     @property
     def arguments(self) -> List[str]:
-        return [f'`{key}={value}`' for key, value in useful(self.layer, self.config.get('model_args', {})).items()]
+        given = useful(self.layer, self.config.get('model_args', {}))
+        return [code(f'{key}={value}') for key, value in given.items()]
 
     @property
     def form(self) -> str:
@@ -282,7 +301,8 @@ class Card:
         """The run's arguments that its recipe has not."""
         args = self.run.args
         expected = {**defaults(), **self.recipe, 'num_classes': args['num_classes']}  # which come from the data
-        return [f'`{key}: {value}`' for key, value in args.items() if key not in PLACES and value != expected.get(key)]
+        return [
+            code(f'{key}: {value}') for key, value in args.items() if key not in PLACES and value != expected.get(key)]
 
     @property
     def checkpoint(self) -> str:
@@ -296,7 +316,7 @@ class Card:
         silent = {*(CYCLES if args['lr_cycle_limit'] <= 1 else ()), *(() if args['crop_padding'] else CROPS)}
         values = {key: args[key] for key in SHOWN if key not in silent}
         values = {key: ' '.join(map(str, v)) if isinstance(v, list) else v for key, v in values.items()}
-        return {key: value for key, value in values.items() if value not in unused}
+        return {key: text(value) for key, value in values.items() if value not in unused}
 
     @property
     def software(self) -> str:
@@ -330,7 +350,7 @@ class Card:
         here, there = self.run.args, self.twins[0].args
         keys = {*here, *there} - PLACES - {'model', 'model_kwargs', 'convert'}
         return [
-            f'`{key}`: {here.get(key)} here, {there.get(key)} there'
+            f'`{key}`: {text(here.get(key))} here, {text(there.get(key))} there'
             for key in sorted(keys) if here.get(key) != there.get(key)]
 
     @cached_property
@@ -361,7 +381,7 @@ def comparison_row(runs: Sequence[Record]) -> Tuple[Any, ...]:
     size = timm.data.resolve_data_config(args, model=model)['input_size']
     arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
     return (
-        f'`{args["model"]}`', ' '.join(f'{key}={value}' for key, value in arguments.items()),
+        code(args['model']), code(' '.join(f'{key}={value}' for key, value in arguments.items())) if arguments else '',
         ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
         f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}')
 
@@ -387,8 +407,8 @@ def read_card(folder: Path, name: str) -> Card:
 def write_card(folder: Path, name: str) -> None:
     """Write README.md into the folder of a published weight, which holds everything else."""
     card = read_card(folder, name)
-    text = ModelCard.from_template(metadata(card), template_path=str(TEMPLATE), card=card).content
-    (folder / 'README.md').write_text(f'{text}\n', encoding='utf-8')
+    made = ModelCard.from_template(metadata(card), template_path=str(TEMPLATE), card=card, text=text, code=code)
+    (folder / 'README.md').write_text(f'{made.content}\n', encoding='utf-8')
 
 
 def base_of(args: Dict[str, Any]) -> Optional[str]:
@@ -438,8 +458,8 @@ def metadata(card: Card) -> ModelCardData:
         eval_results=[
             EvalResult(
                 task_type='image-classification',
-                dataset_type=dataset_id or (name if card.run.args['dataset'] else 'imagefolder'),
-                dataset_name=card.data,
+                dataset_type=dataset_id or (printable(name) if card.run.args['dataset'] else 'imagefolder'),
+                dataset_name=printable(card.data),
                 dataset_split=split,
                 metric_type='accuracy',
                 metric_name=label,

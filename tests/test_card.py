@@ -584,6 +584,22 @@ def test_the_data_is_what_the_run_and_the_user_say_it_is(card, args, told, name,
     assert result.dataset_name == f'{name} (made of noise)' and result.dataset_split == split
 
 
+def test_names_do_not_break_the_card(card, results_table):
+    names = ['a|b', '- c', 'd\n\n# e', '*f*', '_g_h_', '`i`', '<b>', 'j\x07\udcff', '[k](l)']
+    rewrite(card / 'config.json', label_names=names)
+    rewrite(card / 'training' / 'evaluation.json', dataset_id='', dataset_name='x: "y"\n---\n|z`', note='')
+    args = card / 'training' / 'args.yaml'
+    recorded = yaml.safe_load(args.read_text())
+    args.write_text(yaml.safe_dump({**recorded, 'initial_checkpoint': 'a`b\n.pt', 'opt': 'a|b'}))
+    hub.write_card(card, NAME)
+    text, clean = (card / 'README.md').read_text(), ModelCard.load(card / 'README.md').data
+    shown = r'a|b, - c, d  \# e, \*f\*, \_g_h\_, \`i\`, \<b\>, j  , \[k\](l)'
+    assert f'**Classes:** 3: {shown}\n' in text and f'3 classes ({shown}).\n' in text
+    assert clean.eval_results[0].dataset_name == 'x: "y" --- |z`' and 'Trained on x: "y" --- |z\\`: 48' in text
+    assert 'from the weights in `` a`b .pt ``.' in text and '\n| opt | a\\|b |\n' in text
+    assert results_table.markdown(['a|b'], [['c|d']]) == '| a\\|b |\n|---|\n| c\\|d |\n'
+
+
 @pytest.mark.parametrize('args, repository', [
     (dict(model='resnet18.a1_in1k'), 'timm/resnet18.a1_in1k'),
     (dict(model='test_resnet'), 'timm/test_resnet.r160_in1k'),

@@ -190,7 +190,7 @@ def test_a_converted_run_is_exported(converted, run, tmp_path, monkeypatch):
     assert folder.name == 'test_resnet_converted.colours' and not hub.check_folder(folder)
     card = (folder / 'README.md').read_text()
     assert "timm.create_model('hf-hub:convnn-timm/test_resnet_converted.colours', pretrained=True)" in card
-    assert '| `test_resnet` | where=layer3.*,layer4.* K=3 branch_ratio=0.25 |' in card
+    assert '| `test_resnet` | `where=layer3.*,layer4.* K=3 branch_ratio=0.25` |' in card
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     original = timm.create_model(f'local-dir:{converted / "model"}', pretrained=True).eval()
     x = torch.randn(2, 3, 16, 16)

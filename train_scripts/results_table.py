@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence, Tuple
 
-from convnn_timm.card import Card, Record, accuracy, read_card
+from convnn_timm.card import Card, Record, accuracy, read_card, text
 from convnn_timm.hub import published_folders
 from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._weights import published_names
@@ -41,7 +41,8 @@ EMPTY_ZOO = 'No weights are published yet.\n'
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head, *body = (f'| {" | ".join(map(str, line))} |\n' for line in (columns, *rows))
+    lines = ([str(cell).replace('|', '\\|') for cell in line] for line in (columns, *rows))
+    head, *body = (f'| {" | ".join(line)} |\n' for line in lines)
     return head + '|---' * len(columns) + '|\n' + ''.join(body)
 
 
@@ -62,7 +63,7 @@ def zoo_row(card: Card, link: str) -> List[str]:
         f'[`{card.name}`]({link}{card.name})', top1(card.runs), count(len(card.runs), 'seed'),
         f'`{card.twins[0].args["model"]}` {top1(card.twins)}' if card.twins else '',
         f'{card.parameters / 1e6:.1f} M', f'{card.macs / 1e9:.3f} G', card.run.epochs,
-        card.step_time + (f', on {card.timed[0].machine}' if card.timed else '')]
+        card.step_time + (f', on {text(card.timed[0].machine)}' if card.timed else '')]
 
 
 def top1(runs: Sequence[Record]) -> str:
@@ -83,7 +84,7 @@ def zoo_text(cards: Sequence[Card], link: str) -> str:
     if not cards:
         return EMPTY_ZOO
     table = markdown(ZOO_COLUMNS, [zoo_row(card, link) for card in cards])
-    data = ', '.join(dict.fromkeys(card.data for card in cards))
+    data = text(', '.join(dict.fromkeys(card.data for card in cards)))
     return ZOO.format(table=table, data=data)
 
 
