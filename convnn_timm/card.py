@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -66,7 +66,6 @@ CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two 
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
     'train_sizes', *CROPS, 'hflip', 'hflip_mode', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
-RESULTS = {'top1': '.2f', 'top5': '.2f', 'loss': '.4f'}
 TEMPLATE = Path(__file__).with_name('card_template.md')
 
 
@@ -198,10 +197,6 @@ class Card:
         return layer_of(self.config['architecture'])
 
     @property
-    def kind(self) -> str:
-        return KINDS[self.layer]
-
-    @property
     def layer_args(self) -> Dict[str, Any]:
         """Those of the model's arguments that its layers have a use for."""
         known = layer_arguments(self.layer) if self.layer in LAYER_TYPES else ()
@@ -212,17 +207,8 @@ class Card:
         return self.runs[0]
 
     @property
-    def link(self) -> str:
-        """The name that loads the weights from the Hub."""
-        return f'hf-hub:{namespace()}/{self.name}'
-
-    @property
     def size(self) -> List[int]:
         return self.config['pretrained_cfg']['input_size']
-
-    @property
-    def classes(self) -> List[str]:
-        return self.config.get('label_names') or []
 
     @property
     def parameters(self) -> int:
@@ -249,8 +235,8 @@ class Card:
             given.pop('pointwise_init', None)
         changes = []
         for name, value in given.items():
-            if text := DEPARTURES.get((name, value)):
-                changes.append(text.format(**given))
+            if words := DEPARTURES.get((name, value)):
+                changes.append(words.format(**given))
             elif value != parameters[name].default and name != 'num_samples':
                 changes.append(f'`{name}` is {value}, not {parameters[name].default}')
         standard = 'as in the paper, with its standard arguments'
@@ -270,10 +256,7 @@ class Card:
 
     @cached_property
     def dataset(self) -> Tuple[str, str, str]:
-        """The data set's identifier on the Hub, '' if it has none, its name, and that of the split evaluated on.
-
-        They are what the user told `export`, else what the run's arguments name: of a folder only its own name.
-        """
+        """Identifier on the Hub or '', name, and split evaluated on, as `export` was told, else as the run names them."""
         args, told = self.run.args, self.evaluation
         source, _, given = args['dataset'].partition('/')
         hub_id = given if source.lower() == 'hfds' and given.count('/') == 1 else ''
@@ -293,20 +276,12 @@ class Card:
         return f'{self.dataset[1]} ({note})' if note else self.dataset[1]
 
     @property
-    def split(self) -> str:
-        return self.dataset[2]
-
-    @property
     def changed(self) -> List[str]:
         """The run's arguments that its recipe has not."""
         args = self.run.args
         expected = {**defaults(), **self.recipe, 'num_classes': args['num_classes']}  # which come from the data
         return [
             code(f'{key}: {value}') for key, value in args.items() if key not in PLACES and value != expected.get(key)]
-
-    @property
-    def checkpoint(self) -> str:
-        return Path(self.run.args['initial_checkpoint']).name
 
     @property
     def shown(self) -> Dict[str, Any]:
@@ -326,23 +301,6 @@ class Card:
             e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
             for e in environments if e['commit'])
         return f'{versions} at commit {", then ".join(commits)}' if commits else versions
-
-    @property
-    def results(self) -> Iterator[Tuple[str, ...]]:
-        """Rows of the evaluation in both precisions."""
-        for precision in ('float32', 'float16'):
-            measured, these = self.evaluation[precision], ', these' if precision == self.evaluation['stored'] else ''
-            yield (f'{precision}{these}', *(f'{measured[key]:{form}}' for key, form in RESULTS.items()))
-
-    @property
-    def top1(self) -> str:
-        return accuracy(self.runs)
-
-    @property
-    def seeds(self) -> Iterator[Tuple[Any, ...]]:
-        """Rows of the runs with different seeds."""
-        for run in self.runs:
-            yield run.args['seed'], f'{run.last("eval_top1"):.2f}', f'{run.last("eval_top5"):.2f}'
 
     @property
     def differences(self) -> List[str]:
@@ -407,7 +365,9 @@ def read_card(folder: Path, name: str) -> Card:
 def write_card(folder: Path, name: str) -> None:
     """Write README.md into the folder of a published weight, which holds everything else."""
     card = read_card(folder, name)
-    made = ModelCard.from_template(metadata(card), template_path=str(TEMPLATE), card=card, text=text, code=code)
+    made = ModelCard.from_template(
+        metadata(card), template_path=str(TEMPLATE), card=card, kind=KINDS[card.layer],
+        link=f'hf-hub:{namespace()}/{name}', accuracy=accuracy, text=text, code=code)
     (folder / 'README.md').write_text(f'{made.content}\n', encoding='utf-8')
 
 
