@@ -11,7 +11,6 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 
 from convnn_timm.card import Card, Record, accuracy, read_card, text
 from convnn_timm.hub import published_folders
-from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._weights import published_names
 
 ROOT = Path(__file__).parents[1]
