@@ -25,7 +25,7 @@ from .macs import count_macs, count_parameters
 from .models._weights import WeightsError, find_entry, namespace, split_revision
 from .train_args import defaults
 from .train_data import EVAL_SPLITS
-from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary
+from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary, state_classes_once
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',
@@ -70,17 +70,18 @@ TEMPLATE = Path(__file__).with_name('card_template.md')
 
 
 def read_config(folder: Path) -> Dict[str, Any]:
-    """The folder's config.json."""
+    """The folder's config.json, with the number of classes in one place (see `state_classes_once`)."""
     file = folder / 'config.json'
     try:
-        return json.loads(file.read_text())
+        return state_classes_once(json.loads(file.read_text()))
     except ValueError as error:
         raise WeightsError(f'{file} is damaged: {error}') from error
 
 
 def build_model(config: Dict[str, Any], device: str = 'cpu') -> nn.Module:
     """The model that a config.json describes, with its weights as drawn."""
-    return timm.create_model(config['architecture'], device=device, **config.get('model_args', {}))
+    args = dict(config.get('model_args', {}), num_classes=config['num_classes'])
+    return timm.create_model(config['architecture'], device=device, pretrained_model_args=args, **args)
 
 
 class Record:

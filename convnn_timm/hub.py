@@ -48,7 +48,7 @@ from .models._weights import (
 from .train import evaluate
 from .train_args import UsageError, parse_args
 from .train_data import check_classes, create_batches, create_parts
-from .train_folder import environment, read_summary, unfinished, without_folders
+from .train_folder import environment, read_summary, state_classes_once, unfinished, without_folders
 
 __all__ = ['WeightsError', 'check_folder', 'export', 'published_folders', 'pull', 'push', 'verify']
 
@@ -418,7 +418,7 @@ def check_folder(folder: Path, entry: Optional[Dict[str, Any]] = None) -> List[s
         return [f'{folder / CONFIG} describes no model: {error}']
     if entry:
         found = {**(config.get('pretrained_cfg') or {}), **config}
-        published = {'model_args': entry['model_args'], **entry['pretrained_cfg']}
+        published = state_classes_once({'model_args': entry['model_args'], **entry['pretrained_cfg']})
         if problems := [
                 f'{folder / CONFIG}: {key} is {found.get(key)}, published is {value}'
                 for key, value in published.items() if found.get(key) != value]:

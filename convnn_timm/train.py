@@ -44,7 +44,8 @@ from .train_args import UsageError, build_parser, parse_args
 from .train_data import (
     check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size, stop_crops)
 from .train_folder import (
-    Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, unfinished)
+    Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, state_classes_once,
+    unfinished)
 
 __all__ = ['UsageError', 'build_parser', 'evaluate', 'main', 'parse_args', 'train']
 
@@ -461,6 +462,8 @@ def train(args: argparse.Namespace, command: Sequence[str] = ('convnn-timm', 'tr
             safe_serialization=True,
             data_config=data_config,
         )
+        config = folder / 'model' / 'config.json'
+        config.write_text(json.dumps(state_classes_once(json.loads(config.read_text())), indent=2) + '\n')
         # safetensors lets nobody but the owner read the file
         shutil.copymode(folder / 'model' / 'config.json', folder / 'model' / 'model.safetensors')
         if rows:  # none if a finished run's checkpoint came without its summary

@@ -23,7 +23,7 @@ from .train_args import UsageError, defaults, find_recipe
 
 __all__ = [
     'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',
-    'unfinished', 'without_folders']
+    'state_classes_once', 'unfinished', 'without_folders']
 
 # Arguments that may differ between a run and its continuation, and those that do not belong to the run.
 FREE_ON_RESUME = {
@@ -240,6 +240,17 @@ def describe(model: nn.Module, input_size: Tuple[int, int, int]) -> str:
     gmacs = count_macs(model, input_size) / 1e9
     image = f'{"x".join(map(str, input_size))} image'
     return f'{count_parameters(model):,} parameters, {gmacs:.4f} GMACs for a {image}\n\n{model}\n'
+
+
+def state_classes_once(config: Dict[str, Any]) -> Dict[str, Any]:
+    """A timm config.json without the number of classes among `model_args`, where timm repeats it.
+
+    transformers passes both to timm, which is an error. timm itself reads the one outside.
+    """
+    if 'num_classes' not in config or 'num_classes' not in config.get('model_args', {}):
+        return config
+    args = {name: value for name, value in config['model_args'].items() if name != 'num_classes'}
+    return {**config, 'model_args': args}
 
 
 def draw_curve(rows: List[Dict[str, str]], file: Path) -> None:

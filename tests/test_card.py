@@ -149,6 +149,26 @@ def test_a_shipped_weight_is_whole(name):
 
 
 @pytest.mark.parametrize('name', SHIPPED)
+def test_a_shipped_weight_loads_in_transformers(name):
+    transformers = pytest.importorskip('transformers')
+    model = transformers.TimmWrapperForImageClassification.from_pretrained(SHIPPED[name], dtype=torch.float32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x).logits, timm.create_model(name, pretrained=True).eval()(x))
+
+
+def test_a_folder_that_says_the_number_of_classes_twice_is_read(card):
+    """As timm writes it."""
+    config, entry = hub.read_config(card), hub.manifest_entry(card, NAME)
+    twice = dict(config, model_args=dict(config['model_args'], num_classes=3))
+    (card / 'config.json').write_text(json.dumps(twice))
+    assert hub.read_config(card) == config and hub.manifest_entry(card, NAME) == entry
+    assert hub.check_folder(card, entry) == []
+    assert hub.check_folder(card, dict(entry, model_args=twice['model_args'])) == []
+    assert timm.create_model(f'local-dir:{card}', pretrained=True).num_classes == 3
+
+
+@pytest.mark.parametrize('name', SHIPPED)
 def test_the_card_of_a_shipped_weight_runs_as_printed(name, monkeypatch):
     monkeypatch.setenv('CONVNN_TIMM_ZOO', str(ROOT / 'model_cards'))
     text = (SHIPPED[name] / 'README.md').read_text()

@@ -93,6 +93,8 @@ def test_run_folder_is_complete(run):
     }
     assert {path.name for path in (run / 'model').iterdir()} == {'config.json', 'model.safetensors'}
     assert len({path.stat().st_mode for path in run.rglob('*') if path.is_file()}) == 1  # as the process's umask says
+    config = json.loads((run / 'model' / 'config.json').read_text())
+    assert config['num_classes'] == 3 and 'num_classes' not in config['model_args']
     header, *rows = (run / 'summary.csv').read_text().split()
     assert header.split(',') == [
         'epoch', 'train_loss', 'train_images_per_s', 'train_data_share', 'eval_loss', 'eval_top1', 'eval_top5',
