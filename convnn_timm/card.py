@@ -204,6 +204,15 @@ class Card:
         return {name: value for name, value in self.config.get('model_args', {}).items() if name in known}
 
     @property
+    def has_name(self) -> bool:
+        """Whether the architecture's name stands for this network, whose weights it then loads."""
+        if self.layer == 'converted':
+            return False
+        named = timm.create_model(
+            self.config['architecture'], device='meta', num_classes=self.model.num_classes, in_chans=self.size[0])
+        return str(named) == str(self.model)
+
+    @property
     def run(self) -> Record:
         return self.runs[0]
 

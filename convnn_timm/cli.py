@@ -823,9 +823,7 @@ def checkpoint_kwargs(name: str, checkpoint: str) -> dict:
     overlay = dict(state_dict=state_dict, num_classes=num_classes, label_names=names)
     # A training's checkpoint knows the arguments of its model, not all of which show in the weights.
     training = getattr(saved.get('args'), '__dict__', {}) if isinstance(saved, dict) else {}
-    weights = dict(pretrained_cfg=config.tag) if training.get('pretrained') else {}
-    arguments = {**weights, **training.get('model_kwargs', {})}
-    return dict(arguments, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+    return dict(training.get('model_kwargs', {}), pretrained_cfg_overlay=overlay, num_classes=num_classes)
 
 
 def recorded_classes(checkpoint: Path, name: str, num_classes: int) -> Optional[List[str]]:

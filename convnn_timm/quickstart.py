@@ -96,8 +96,8 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
     counts = {split: len(list((data / split).rglob('*.png'))) for split in ('train', 'validation')}
     say('', f'{counts["train"]:,} to train on, {counts["validation"]:,} held out, as 16x16 PNG, one folder per digit.')
 
-    say('3. Training', f'{MODEL} on the CPU. In each 3x3 layer of this ResNet, half of the channels')
-    say('', 'look at the pixels around a pixel, the other half at the pixels most like it.')
+    say('3. Training', f'{MODEL} on the CPU. In each 3x3 layer of this ResNet, an eighth of the')
+    say('', 'channels look at the pixels most like a pixel, the others at those around it.')
     train_digits(data, run, train_args)
 
     say('4. Loading', f"timm.create_model('local-dir:{run / 'model'}', pretrained=True)")

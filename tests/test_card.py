@@ -43,8 +43,8 @@ def publish(base: Path) -> Path:
                 pixels[..., channel] += 40
                 Image.fromarray(pixels).save(root / 'images' / split / name / f'{i}.png')
     flags = (
-        f'-c cifar10 --data-dir {root}/images --model-kwargs channels=16,16,16,16 sampling_type=random num_samples=32 '
-        f'--img-size 16 -b 8 --epochs 2 --warmup-epochs 0 --workers 0 --no-amp --device cpu --output {root}/output')
+        f'-c cifar10 --data-dir {root}/images --img-size 16 -b 8 --epochs 2 --warmup-epochs 0 --opt sgd --workers 0 '
+        f'--no-amp --device cpu --output {root}/output')
     for model in ('resnet18_convnn_branching', 'resnet18_conv2d'):
         train([*flags.split(), '--model', model, '--experiment', model])
     shutil.copytree(PACKAGE, root / 'convnn_timm', ignore=shutil.ignore_patterns('__pycache__', 'model_cards'))
@@ -399,11 +399,12 @@ def test_repetitions_are_the_same_training_with_other_seeds(published, tmp_path)
 def test_published_tags_are_known_to_timm_beside_the_default_ones(manifest):
     entry, = json.loads(manifest.read_text())
     manifest.write_text(json.dumps([entry, {**entry, 'name': 'resnet18_convnn.digits'}]))
-    names = _weights.tagged_names(['resnet18_convnn', 'resnet18_convnn_branching'])
-    assert names == ['resnet18_convnn.digits', 'resnet18_convnn.cifar10*', f'{NAME}*']
-    cfg = _weights.published_cfg(f'{NAME}*')
-    assert cfg['hf_hub_id'] == entry['hub_id'] and cfg['input_size'] == (3, 16, 16) and cfg['num_classes'] == 3
-    assert _weights.published_cfg('resnet18_convnn.cifar10') == {}
+    own = dict(url='', num_classes=10, input_size=(3, 32, 32))
+    cfgs = _weights.with_weights({'resnet18_convnn.cifar10': own, NAME: own})
+    published = dict(own, **{k: tuple(v) if isinstance(v, list) else v for k, v in entry['pretrained_cfg'].items()})
+    published.update(hf_hub_id=entry['hub_id'], input_size=(3, 16, 16), num_classes=3)
+    assert cfgs == {
+        'resnet18_convnn.cifar10*': own, f'{NAME}*': published, 'resnet18_convnn.digits': published}
 
 
 # The card
@@ -730,7 +731,7 @@ def test_table_of_published_weights(results_table, manifest, card, tmp_path, mon
     manifest.write_text(json.dumps([dict(entry, published=True)]))
     row, = (line for line in zoo().splitlines() if line.startswith(f'| [`{NAME}`](model_cards/{NAME}) |'))
     cells = [cell.strip() for cell in row.split('|')[2:-1]]
-    assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '0.1 M', '0.007 G', '2']
+    assert cells[:6] == ['90.50 ± 0.71', '2 seeds', '`resnet18_conv2d` 92.50', '11.2 M', '0.142 G', '2']
     assert re.fullmatch(r'1\.4 x, on .* threads?', cells[6]) and 'toy' not in zoo()
     assert f'| [`{NAME}`]({NAME}) |' in zoo('model_cards/README.md') and 'CIFAR-10 (made of noise)' in zoo()
     shutil.rmtree(training / 'seeds')

@@ -487,21 +487,46 @@ def test_arguments_and_weights_of_the_caller_come_first(session, on_the_hub):
     done = session(f"""
 model = load({NAME!r}, num_samples=16)
 load({NAME!r}, num_classes=7, in_chans=1)
-load({NAME!r}, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), channels=(16, 16, 16, 16), num_classes=3)
+load({NAME!r}, pretrained_cfg_overlay=dict(state_dict=model.state_dict()), num_classes=3)
 load('resnet18_convnn')
 load({NAME!r}, K=5)
 import timm, torch
 features = timm.create_model({NAME!r}, pretrained=True, features_only=True)
 print([tuple(f.shape) for f in features(torch.zeros(1, 3, 16, 16))])
-print(timm.create_model({NAME.split('.')[0]!r}).num_features)
-print(timm.create_model({NAME!r}).num_features, timm.create_model({NAME!r}, channels=(16, 16, 16, 24)).num_features)
+print(timm.create_model({NAME!r}, channels=(16, 16, 16, 24)).num_features)
 """)
     samples = [line.rpartition(' ')[2] for line in done.lines]
     assert samples[:3] == ['16', '32', '32'] and all(line.startswith('loaded') for line in done.lines[:3])
     assert done.lines[3].startswith('RuntimeError: No pretrained weights exist for resnet18_convnn')
-    assert 'size mismatch' in done.out and '(1, 16, 2, 2)]' in done.lines[-3]
-    assert done.lines[-2] == '512'  # without pretrained=True, the architecture as it is
-    assert done.lines[-1] == '16 24'  # by the name of the weights, the network that they fit
+    assert done.lines[4].startswith(f'WeightsError: {NAME} was trained with K=9, you asked for K=5')
+    assert '(1, 512, 2, 2)]' in done.lines[-2] and done.lines[-1] == '24'
+
+
+def test_weights_of_another_network_than_their_name_load_from_their_folder(session, hub):
+    """By the name of the architecture alone timm would build another network."""
+    name, own = 'resnet18_convnn_branching.mine', dict(channels=(16, 16, 16, 16), magnitude_type='euclidean')
+    folder = make_published(session, name, **own)
+    hub.add_repository(f'convnn-timm/{name}', files_of(folder))
+    done = session(f"""
+load({name!r})
+load('local-dir:{folder}')
+load({name!r}, channels=(16, 16, 16, 16), magnitude_type='euclidean')
+load({name!r}, channels=(16, 16, 16, 16))
+os.environ.pop('CONVNN_TIMM_ZOO')
+load({name!r})
+load('hf-hub:convnn-timm/{name}')
+run('verify', {name!r})
+import timm
+print(timm.create_model({name!r}).num_features)
+""" + blocks_of(folder), CONVNN_TIMM_ZOO=str(session.cards))
+    assert done.lines[0] == (
+        f'WeightsError: {name} was trained with channels=[16, 16, 16, 16], magnitude_type=euclidean, and '
+        f'resnet18_convnn_branching has channels=(64, 128, 256, 512), magnitude_type=cosine: load it as '
+        f'local-dir:{folder}, whose config.json has its arguments')
+    assert done.lines[1].startswith('loaded') and done.lines[1] == done.lines[2] == done.lines[5]
+    assert 'was trained with magnitude_type=euclidean, and resnet18_convnn_branching has' in done.lines[3]
+    assert f'load it as hf-hub:convnn-timm/{name}, whose' in done.lines[4]
+    assert done.out.count('status 0') == 1 and '512' in done.lines and done.lines.count('ran') == 3
 
 
 def test_a_damaged_file_is_never_used_and_pull_repairs_it(session, on_the_hub):
@@ -538,6 +563,20 @@ load({NAME!r})
     # No scratch files beside the repaired one, but what it replaced, which might have been somebody's.
     assert len(list(session.folder.iterdir())) == 6 and 'model.replaced is what was there' in done.err
     assert (session.folder / 'model.replaced').read_bytes()[-8:] == b'\xff' * 8
+
+
+def make_published(session, name, **model_args):
+    """The folder of other published weights, which the manifest lists; returns it."""
+    folder = shutil.copytree(session.folder, session.cards / name)
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(architecture=name.split('.')[0], model_args={**config['model_args'], **model_args})
+    config['pretrained_cfg'].update(tag=name.split('.')[1], input_size=[3, 32, 32])
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file(build_model(config).state_dict(), folder / WEIGHTS, metadata={'format': 'pt'})
+    write_golden(folder)
+    write_card(folder, name)
+    session.manifest.write_text(json.dumps([manifest_entry(folder, name)]))
+    return folder
 
 
 def make_other(folder):
@@ -819,16 +858,7 @@ def test_the_card_of_somebody_else_runs_where_the_name_is_unknown(session, hub):
 
 
 def test_the_card_of_a_model_for_224_pixels_runs_as_printed(session):
-    name = 'resnet18_convnn_branching_224.noise'
-    folder = shutil.copytree(session.folder, session.cards / name)
-    config = json.loads((folder / 'config.json').read_text())
-    config.update(architecture=name.split('.')[0], model_args=dict(num_classes=3, channels=(16, 16, 16, 16)))
-    config['pretrained_cfg'].update(tag='noise', input_size=[3, 32, 32])
-    (folder / 'config.json').write_text(json.dumps(config))
-    save_file(build_model(config).state_dict(), folder / WEIGHTS, metadata={'format': 'pt'})
-    write_golden(folder)
-    write_card(folder, name)
-    session.manifest.write_text(json.dumps([manifest_entry(folder, name)]))
+    folder = make_published(session, 'resnet18_convnn_branching_224.noise')
     done = session(blocks_of(folder), CONVNN_TIMM_ZOO=str(session.cards))
     assert done.lines.count('ran') == 3 and ' % ' in done.lines[0]
 

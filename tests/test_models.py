@@ -1,4 +1,5 @@
 """What the models promise beyond timm's own tests (test_timm_contract.py) and the golden networks (test_golden.py)."""
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
+from convnn_timm.models._weights import WeightsError
+from convnn_timm.train_args import parse_args
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]
@@ -103,17 +106,17 @@ def test_a_network_that_selects_by_location_is_its_convolution_twin(depth):
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 def test_a_model_for_224_pixels_that_selects_by_location_is_timms_network(name):
-    """With timm's weights, those of each 3x3 convolution divided between two branches, which the 1x1 leaves as is."""
+    """With timm's weights, those of each 3x3 convolution divided between two branches that stand side by side."""
     twin = timm.create_model(name, zero_init_last=False).double().eval()
     model = timm.create_model(
-        f'{name}_convnn_branching_224', sampling_type='all', similarity_type='Loc', magnitude_type='euclidean',
-        pointwise_init='identity').double().eval()
+        f'{name}_convnn_branching_224', sampling_type='all', similarity_type='Loc',
+        magnitude_type='euclidean').double().eval()
     weights, replaced = model.state_dict(), 0
     for key, value in twin.state_dict().items():
         if key in weights:
             weights[key] = value
         else:
-            layer, first = key.removesuffix('.weight'), len(value) // 2
+            layer, first = key.removesuffix('.weight'), len(value) // 8
             weights[f'{layer}.branch1.weight'] = value[:first].view_as(weights[f'{layer}.branch1.weight'])
             weights[f'{layer}.branch2.weight'] = value[first:]
             replaced += 1
@@ -124,19 +127,45 @@ def test_a_model_for_224_pixels_that_selects_by_location_is_timms_network(name):
         torch.testing.assert_close(model(x), twin(x), rtol=1e-10, atol=1e-10)
 
 
-def test_candidates_of_the_models_for_224_pixels_are_a_grid_unless_told_otherwise():
-    def first_layer(**options):
-        layer = timm.create_model('resnet18_convnn_branching_224', device='meta', **options).layer1[0].conv1.branch1
+@pytest.mark.parametrize('name, own', [
+    ('resnet18_convnn_branching', ('random', 32)), ('resnet50_convnn_branching_224', ('random', 32)),
+    ('vgg11_convnn_branching_224', ('spatial', 8)), ('vgg11_convnn_branching', ('all', -1))])
+def test_candidates_are_the_architectures_unless_told_otherwise(name, own):
+    def sampling(**options):
+        layer = next(m for m in timm.create_model(name, device='meta', **options).modules() if isinstance(m, ConvNN2d))
         return layer.sampling_type, layer.num_samples
 
-    assert first_layer() == ('spatial', 8) and first_layer(num_samples=12) == ('spatial', 12)
-    assert first_layer(sampling_type='all') == ('all', -1)
-    assert first_layer(sampling_type='random', num_samples=64) == ('random', 64)
-    # The last map is smaller than the grid: all of its tokens are candidates.
-    layers = [
-        timm.create_model('resnet18_convnn_branching_224', channels=(8, 8, 8, 8), **options).layer4[1].conv2.branch1
-        for options in (dict(), dict(sampling_type='all'))]
-    assert torch.equal(*[layer.neighbors(images(1, size=7, channels=8)) for layer in layers])
+    assert sampling() == own and sampling(sampling_type='all') == ('all', -1)
+    assert sampling(sampling_type=own[0]) == own
+    if own[0] != 'all':
+        assert sampling(num_samples=12) == (own[0], 12)
+    assert sampling(sampling_type='spatial', num_samples=6) == ('spatial', 6)
+
+
+@pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'resnet34_convnn_branching', *NAMES_224[:3]])
+def test_resnets_with_branches_have_the_published_form(name):
+    model = timm.create_model(name, device='meta')
+    layers = [m for m in model.modules() if isinstance(m, Branching2d)]
+    assert len(layers) == {'resnet18': 16, 'resnet34': 32, 'resnet50': 16}[name.partition('_')[0]]
+    for layer in layers:
+        assert layer.branch_ratio == 0.125 and layer.pointwise_conv is None
+        assert layer.branch1.neighbor_init == 'zero' and layer.branch1.num_samples == 32
+        assert layer.branch1.sampling_type == 'random'
+    assert timm.create_model('resnet18_conv2d').layer1[0].bn2.weight.all()  # no block starts silent, the twin's neither
+
+
+def test_choices_that_the_published_form_gives_way_to():
+    """A 1x1 convolution that is to start in some way is wanted; by location, no neighbour is the position itself."""
+    model = timm.create_model('resnet18_convnn_branching', pointwise_init='identity', device='meta')
+    assert model.layer1[0].conv1.pointwise_conv is not None and model.layer1[0].conv1.branch_ratio == 0.125
+    model = timm.create_model('resnet18_convnn_branching', similarity_type='Loc', device='meta')
+    assert model.layer1[0].conv1.branch1.neighbor_init == 'random'
+
+
+def test_the_recipe_of_the_papers_form_is_that_of_the_layers_defaults():
+    args = parse_args(['-c', 'paper_resnet18', 'x'])
+    layer = timm.create_model(args.model, device='meta', **args.model_kwargs).layer2[0].conv1
+    assert str(layer) == str(Branching2d(64, 128, stride=2, bias=False))
 
 
 STEP = """
@@ -211,8 +240,8 @@ def test_classifier_and_input_options():
     model = timm.create_model('resnet18_convnn', layers=(1, 2, 1, 1), block_args=dict(attn_layer='se'), **NARROW).eval()
     assert [len(model.layer1), len(model.layer2)] == [1, 2] and model.layer1[0].se is not None
     assert isinstance(model.layer1[0].conv1, ConvNN2d) and model(images()).shape == (2, 10)
-    for fixed in 'stem_type', 'output_stride', 'stem_width', 'cardinality':
-        with pytest.raises(TypeError, match=f'fixed stem, stride and cardinality: it takes no {fixed}'):
+    for fixed in 'stem_type', 'stem_width', 'cardinality':
+        with pytest.raises(TypeError, match=f'fixed stem and cardinality: it takes no {fixed}'):
             timm.create_model('resnet18_convnn', **{fixed: 8})
     for fixed in 'norm_layer', 'conv_layer':
         with pytest.raises(TypeError, match=f'fixed layers: it takes no {fixed}'):
@@ -289,17 +318,125 @@ def test_weights_that_cannot_be_adapted_to_one_input_channel(layer, options):
     timm.create_model(f'vgg11_{layer}', **args)
 
 
-def test_timms_scripts_build_the_network_of_the_weights():
-    """They name a model by its configuration, which `--pretrained` makes the weights' own network."""
-    name = 'resnet18_convnn_branching.cifar10'
-    model = timm.create_model(**resolve_model_input_args(name, {}, pretrained=True, num_classes=3))
-    assert str(model) == str(timm.create_model(name, num_classes=3))
+@pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'resnet18_conv2d'])
+def test_one_name_is_one_network(name):
+    """With and without weights, with and without the tag, and as timm's scripts resolve it."""
+    def shapes(model):
+        return {key: value.shape for key, value in model.state_dict().items()}
+
+    model = timm.create_model(name, pretrained=True)
+    others = [
+        timm.create_model(name), timm.create_model(f'{name}.cifar10'), timm.create_model(f'{name}.cifar10', True),
+        timm.create_model(**resolve_model_input_args(name, {}, pretrained=True)),
+        timm.create_model(**resolve_model_input_args(f'{name}.cifar10', {}))]
+    for other in others:
+        assert str(other) == str(model) and shapes(other) == shapes(model)
 
 
-def test_another_sampling_than_that_of_the_weights_needs_no_number():
-    model = timm.create_model('resnet18_convnn_branching.cifar10', device='meta', sampling_type='all')
-    layer = model.layer1[0].conv1
-    assert (layer.branch1.sampling_type, layer.pointwise_conv) == ('all', None)
+@pytest.mark.parametrize('options, trained, asked', [
+    (dict(K=5), 'K=9', 'K=5'), (dict(branch_ratio=0.25, num_classes=3), 'branch_ratio=0.125', 'branch_ratio=0.25'),
+    (dict(channels=(16, 16, 16, 16), device='cpu'), 'channels=(64, 128, 256, 512)', 'channels=(16, 16, 16, 16)'),
+    (dict(branch_mix=True, num_classes=3), 'branch_mix=False', 'branch_mix=True'),
+    (dict(layers=(1, 1, 1, 1)), 'layers=(2, 2, 2, 2)', 'layers=(1, 1, 1, 1)')])
+def test_weights_for_other_arguments_are_refused_in_words(options, trained, asked):
+    with pytest.raises(WeightsError) as error:
+        timm.create_model('resnet18_convnn_branching', pretrained=True, **options)
+    assert str(error.value) == (
+        f'resnet18_convnn_branching.cifar10 was trained with {trained}, you asked for {asked}: its weights do not fit '
+        'that network. Leave the argument out, or train resnet18_convnn_branching with it from the start')
+
+
+def test_another_layer_is_another_name():
+    with pytest.raises(TypeError, match='resnet18_convnn has convnn layers, as its name says'):
+        timm.create_model('resnet18_convnn', layer='convnn_attn')
+
+
+def test_arguments_that_no_tensor_shows_may_be_tried_with_published_weights():
+    model = timm.create_model(
+        'resnet18_convnn_branching', pretrained=True, num_samples=64, magnitude_type='euclidean', padding=0)
+    layer, own = model.layer3[0].conv1, timm.create_model('resnet18_convnn_branching', pretrained=True)
+    assert (layer.branch1.num_samples, layer.branch1.magnitude_type, layer.branch1.padding) == (64, 'euclidean', 0)
+    assert torch.equal(layer.branch1.weight, own.layer3[0].conv1.branch1.weight)
+
+
+def test_saved_weights_for_other_arguments_are_refused_in_words(tmp_path):
+    save_for_hf(timm.create_model('resnet18_convnn', K=5, **NARROW), tmp_path / 'saved', safe_serialization=True)
+    with pytest.raises(WeightsError, match='saved was trained with K=5, you asked for K=9: '):
+        timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True, K=9)
+
+
+@pytest.mark.parametrize('name, form', [
+    ('resnet18_convnn_branching', dict()),
+    ('resnet18_convnn_branching_224', dict(sampling_type='spatial', num_samples=8))])
+def test_a_folder_saved_when_the_papers_form_was_the_default_rebuilds_that(name, form, tmp_path):
+    """Its config.json names only the arguments that were given then."""
+    paper = dict(dict(sampling_type='all', branch_ratio=0.5, branch_mix=True, neighbor_init='random'), **form)
+    model = timm.create_model(name, **paper, **NARROW).eval()
+    save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    file = tmp_path / 'saved' / 'config.json'
+    config = json.loads(file.read_text())
+    config['model_args'] = {k: v for k, v in config['model_args'].items() if k not in (*paper, 'num_samples')}
+    file.write_text(json.dumps(config))
+    loaded = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
+    assert str(loaded) == str(model)
+    save_for_hf(loaded, tmp_path / 'again', safe_serialization=True)
+    assert str(timm.create_model(f'local-dir:{tmp_path}/again', pretrained=True)) == str(model)
+
+
+@pytest.mark.parametrize('name, options', [
+    ('resnet18_convnn_branching', {}), ('resnet18_convnn_branching', dict(pointwise_init='zero', K=4)),
+    ('vgg11_convnn_branching_224', dict(mlp_ratio=0.01))])
+def test_a_config_has_what_an_architecture_has_by_itself(name, options, tmp_path):
+    """So that it is rebuilt as it was, whatever the architecture will have one day."""
+    save_for_hf(timm.create_model(name, **options), tmp_path / 'saved', safe_serialization=True)
+    args = json.loads((tmp_path / 'saved' / 'config.json').read_text())['model_args']
+    own = dict(sampling_type='spatial', num_samples=8) if 'vgg' in name else dict(
+        branch_ratio=0.125, neighbor_init='zero', sampling_type='random', num_samples=32, branch_mix=False)
+    if 'pointwise_init' in options:
+        del own['branch_mix']
+    assert args.items() >= {**own, **options}.items()
+    assert str(timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True)) == str(
+        timm.create_model(name, **options))
+
+
+@pytest.mark.parametrize('name, strides', [
+    ('resnet18_convnn_branching_224', (8, 16, 32)), ('resnet50_convnn_branching_224', (8, 16, 32)),
+    ('resnet18_conv2d', (2, 4, 8)), ('resnet18_convnn_branching', (2, 4, 8))])
+def test_output_stride(name, strides):
+    for stride in strides:
+        model = timm.create_model(name, output_stride=stride, features_only=True, channels=(8, 8, 8, 8)).eval()
+        with torch.no_grad():
+            maps = model(images(1, size=4 * strides[2]))
+        assert [4 * strides[2] // f.shape[-1] for f in maps] == model.feature_info.reduction()
+        assert model.feature_info.reduction()[-1] == stride
+        last = model.layer4[1].conv2  # of what would be a stride, both branches have the dilation
+        for layer in (last.branch1, last.branch2) if 'convnn' in name else (last,):
+            assert layer.dilation in (strides[2] // stride, (strides[2] // stride,) * 2)
+    with pytest.raises(ValueError, match=f'unknown output_stride 3, valid are None, {strides[0]}, '):
+        timm.create_model(name, output_stride=3)
+
+
+def test_published_weights_with_a_smaller_output_stride():
+    """A dilated network sees, at every second position, what it saw with the stride, but for the borders."""
+    name, x = 'resnet18_conv2d', images(1, size=64)
+    with torch.no_grad():
+        coarse, fine = (
+            timm.create_model(name, pretrained=True, output_stride=stride).eval().forward_features(x)
+            for stride in (None, 4))
+    assert fine.shape[-1] == 2 * coarse.shape[-1]
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match='convnn_attn layers have no dilation, so output_stride must be 8'):
+        timm.create_model('resnet18_convnn_attn', output_stride=4)
+
+
+def test_a_checkpoint_with_other_tensors_is_refused():
+    """Also where timm would load without strictness, for other classes."""
+    model = timm.create_model('resnet18_convnn', bias=True, **NARROW)
+    weights = dict(pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=model.state_dict()))
+    with pytest.raises(RuntimeError, match='has 16 tensors that ConvNNResNet lacks, among them layer1.0.conv1.bias'):
+        timm.create_model('resnet18_convnn', **weights, **NARROW)
+    with pytest.raises(RuntimeError, match='has 16 tensors of ConvNNResNet in another shape, among them layer1'):
+        timm.create_model('resnet18_convnn', bias=True, K=4, **weights, **NARROW)
 
 
 def test_a_checkpoint_that_lacks_tensors_is_an_error_and_not_a_silent_load():

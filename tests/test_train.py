@@ -280,7 +280,7 @@ def test_command_line_beats_what_a_recipe_says_in_other_words(tmp_path, caplog):
 
 
 def test_recipes_of_the_package():
-    assert recipe_names() == ['cifar10', 'digits', 'finetune', 'imagenet', 'paper_vgg11']
+    assert recipe_names() == ['cifar10', 'digits', 'finetune', 'imagenet', 'paper_resnet18', 'paper_vgg11']
     short, long = (vars(parse_args(['-c', name, 'x'])) for name in ('cifar10', 'cifar10.yaml'))
     assert {**short, 'config': ''} == {**long, 'config': ''}
     for name in recipe_names():

@@ -28,7 +28,7 @@ from convnn_timm.visualize import (
 
 CHANNELS = (8, 8, 16, 16)
 LAYERS = [f'layer{stage}.{block}.conv{conv}' for stage in range(1, 5) for block in range(2) for conv in (1, 2)]
-LOC = dict(similarity_type='Loc', magnitude_type='euclidean')
+LOC = dict(similarity_type='Loc', magnitude_type='euclidean', sampling_type='all')
 
 
 def tiny(layer='convnn_branching', **kwargs):

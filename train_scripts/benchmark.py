@@ -41,14 +41,15 @@ LAYERS = [  # C_in, C_out, side of the map: those of VGG-11 and ResNet-18, then 
 CANDIDATES = {
     'all': {}, 'random 64': {'sampling_type': 'random', 'num_samples': 64},
     'spatial 8': {'sampling_type': 'spatial', 'num_samples': 8}}
+PAPER = {'sampling_type': 'all', 'branch_ratio': 0.5, 'branch_mix': True, 'neighbor_init': 'random'}  # of a ResNet
 MODELS = {  # variants of each network: kind of layer and arguments
     'vgg11': {
         'conv2d': ('conv2d', {}), 'ratio 0': ('convnn_branching', {'branch_ratio': 0.}),
         'hybrid': ('convnn_branching', {})},
     'resnet18': {
-        'conv2d': ('conv2d', {}), 'hybrid': ('convnn_branching', {}),
-        'hybrid random 64': ('convnn_branching', CANDIDATES['random 64']),
-        'hybrid as published': ('convnn_branching.cifar10', {})}}
+        'conv2d': ('conv2d', {}), 'hybrid': ('convnn_branching', PAPER),
+        'hybrid random 64': ('convnn_branching', {**PAPER, **CANDIDATES['random 64']}),
+        'hybrid as published': ('convnn_branching', {})}}
 SHARES = 'Where the time of a training step goes'
 PROFILED = [(64, 64, 32), (512, 512, 4)]  # with most tokens of a CIFAR network, and most weights for its tokens
 SHOWN_OPS = 8

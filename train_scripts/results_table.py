@@ -25,6 +25,10 @@ CIFAR-10 here is [a JPEG re-encoding of quality 75](https://github.com/YoongiKim
 `validation/<class>/*.jpg`: its accuracies are not those of the original data ([jpeg_cost.md](jpeg_cost.md)). [search.md](search.md) tells
 how the published form was found, [signal_1d.md](signal_1d.md) is the 1-D example, [benchmarks](benchmarks) has the speeds.
 
+A row has the arguments that the run was given. When these ran, ResNets had `zero_init_last=True` by themselves, and those with
+branches the paper's form: `sampling_type=all branch_ratio=0.5 branch_mix=True neighbor_init=random`. To repeat one, add what its
+row lacks of these.
+
 """
 COLUMNS = ('run', 'model', 'seed', 'epochs', 'top-1', 'top-5', 'waiting for data', 'machine')
 ZOO_COLUMNS = (

@@ -1,40 +1,32 @@
 """What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
 import difflib
 import inspect
-from typing import Any, Callable, Dict, Tuple, Type
+from typing import Any, Callable, Dict, List, Set, Tuple, Type
 
 import timm
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, get_model_traits, resolve_pretrained_cfg
 
-from convnn_timm.layers import Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
+from convnn_timm.layers import LAYER_TYPES, Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
 from convnn_timm.layers.factory import check_arguments
-from ._weights import find_weights, with_tag_arguments
+from ._weights import WeightsError, find_weights, hub_id, local_file, named_entry
 
 __all__ = [
-    'add_input_noise', 'cifar_cfg', 'check_complete', 'check_known', 'entrypoint', 'imagenet_cfg',
-    'init_convnn_weights', 'sampled', 'split_layer_args', 'unknown_model']
+    'add_input_noise', 'build_model', 'cifar_cfg', 'check_fits', 'check_known', 'imagenet_cfg', 'init_convnn_weights',
+    'unknown_model']
 
-
-def split_layer_args(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split a model's keyword arguments into those of its ConvNN layers and the rest."""
-    layer_args = {name: value for name, value in kwargs.items() if name in layer_arguments()}
-    return layer_args, {name: value for name, value in kwargs.items() if name not in layer_args}
+# Arguments that decide how a training starts and goes, not what the trained network computes; and the number of
+# classes, to which timm adapts weights.
+NOT_OF_THE_WEIGHTS = {
+    'num_classes', 'device', 'dtype', 'neighbor_init', 'pointwise_init', 'zero_init_last', 'attention_dropout',
+    'drop_rate', 'drop_path_rate', 'drop_block_rate', 'input_noise'}
 
 
 def check_known(kwargs: Dict[str, Any], network: Type[nn.Module]) -> None:
     """Refuse what neither the layers nor timm's network take, which would not name the layers' arguments."""
     check_arguments(kwargs.keys() - inspect.signature(network).parameters.keys())
-
-
-def sampled(layer_args: Dict[str, Any]) -> Dict[str, Any]:
-    """Layer arguments of a model for 224x224 images: candidates on an 8x8 grid, unless the caller chooses.
-
-    The first maps have 3136 tokens in a ResNet and 50176 in a VGG, too many to compare each with all. A grid is the
-    same in every step; maps of 7x7 are smaller than it, and all their tokens are candidates.
-    """
-    return layer_args if 'sampling_type' in layer_args else {'sampling_type': 'spatial', 'num_samples': 8, **layer_args}
 
 
 def init_convnn_weights(model: nn.Module) -> None:
@@ -53,23 +45,40 @@ def add_input_noise(x: torch.Tensor, std: float, training: bool) -> torch.Tensor
     return x + std * torch.randn_like(x) if training and std > 0 else x
 
 
-def check_complete(state_dict: Dict[str, torch.Tensor], model: nn.Module, classifier: str) -> None:
-    """Refuse a checkpoint without some of the model's tensors, the classifier's aside.
+class UnfitError(RuntimeError):
+    """A checkpoint does not hold the tensors of the model."""
 
-    timm loads without strictness when the number of classes differs, and would leave them random without a word.
+
+def check_fits(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Refuse a checkpoint that lacks tensors of the model, has others, or has them in another shape.
+
+    The classifier may differ, and the first layers in shape: timm adapts them. But when the number of classes differs,
+    it loads without strictness, and would leave out what does not fit without a word.
 
     Raises:
-        RuntimeError: Tensors are missing.
+        UnfitError: The checkpoint is of another network.
     """
-    missing = [
-        name for name in model.state_dict()
-        if name not in state_dict
-        and not name.startswith(f'{classifier}.') and not name.endswith('num_batches_tracked')]
-    if missing:
-        raise RuntimeError(
-            f'the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, '
-            f'among them {", ".join(missing[:3])}: '
-            f'is it of another architecture, or were other model arguments used?')
+    def shapes(tensors: Dict[str, torch.Tensor]) -> Dict[str, Tuple[int, ...]]:
+        return {
+            name: tuple(value.shape) for name, value in tensors.items()
+            if name.rpartition('.')[0] not in heads and not name.endswith('num_batches_tracked')}
+
+    heads, first = (
+        (names,) if isinstance(names, str) else names or ()
+        for names in (model.pretrained_cfg.get('classifier'), get_model_traits(model).get('first_conv')))
+    own, found, kind = shapes(model.state_dict()), shapes(state_dict), type(model).__name__
+    differing = {
+        f'lacks {{}} tensors of {kind}': [name for name in own if name not in found],
+        f'has {{}} tensors that {kind} lacks': [name for name in found if name not in own],
+        f'has {{}} tensors of {kind} in another shape': [
+            name for name in own
+            if own[name] != found.get(name, own[name]) and name.rpartition('.')[0] not in first]}
+    if problems := [
+            f'{text.format(len(names))}, among them {", ".join(names[:3])}'
+            for text, names in differing.items() if names]:
+        raise UnfitError(
+            f'the checkpoint {"; it ".join(problems)}: is it of another architecture, or were other model arguments '
+            f'used?')
 
 
 def cifar_cfg(**kwargs) -> Dict[str, Any]:
@@ -95,23 +104,103 @@ def imagenet_cfg(**kwargs) -> Dict[str, Any]:
     })
 
 
-def entrypoint(create: Callable[..., nn.Module], variant: str, module: str, doc: str) -> Callable[..., nn.Module]:
-    """The function that timm registers for one variant, which finds its weights and their arguments."""
+def build_model(
+        network: Type[nn.Module],
+        variant: str,
+        layer: str,
+        pretrained: bool,
+        model_args: Dict[str, Any],
+        kwargs: Dict[str, Any],
+        **build_args,
+) -> nn.Module:
+    """Build a model, with weights if they are asked for.
 
-    def fn(pretrained: bool = False, **kwargs) -> nn.Module:
-        whole = find_weights(variant, kwargs) if pretrained else with_tag_arguments(variant, kwargs)
-        model = create(variant, pretrained=pretrained, **whole)
-        # What timm saves of a model to build it again, beside the arguments that `create_model` was given.
-        model._model_args = {
-            name: value for name, value in whole.items() if name not in {*kwargs, 'pretrained_cfg_overlay'}}
-        if not pretrained and isinstance(kwargs.get('pretrained_cfg'), (str, type(None))):
-            model.pretrained_cfg.pop('label_names', None)  # of the published weights, which this model is without
-        return model
+    Args:
+        network: Class of the model.
+        variant: Name of the architecture.
+        layer: One of `convnn_timm.layers.LAYER_TYPES`.
+        pretrained: Load weights, those of the name or those that `kwargs` name.
+        model_args: Arguments that the architecture has where the caller chooses no others.
+        kwargs: Arguments of the caller.
+        **build_args: What the caller cannot choose: arguments of the network and of timm's `build_model_with_cfg`.
 
-    fn.__name__ = fn.__qualname__ = variant
-    fn.__module__ = module
-    fn.__doc__ = doc
-    return fn
+    Raises:
+        WeightsError: The weights cannot be found, or are those of another network.
+        TypeError: An argument that neither the layers nor the network has.
+    """
+    if 'layer' in kwargs:
+        raise TypeError(f'{variant} has {layer} layers, as its name says: for others create the model of that name')
+    model_args = _beside(model_args, kwargs)
+    asked, source, trained = {**model_args, **kwargs}, '', None
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        source, trained = cfg.hf_hub_id or cfg.file, kwargs.get('pretrained_model_args')
+        if entry := named_entry(variant, cfg):
+            source, trained = entry['name'], entry['model_args']
+            differing = _differing(network, layer, model_args, trained, asked, set(trained) - {*kwargs, 'in_chans'})
+            if differing:
+                file = local_file(source)
+                raise WeightsError(
+                    f'{source} was trained with {_values(differing, 0)}, and {variant} has {_values(differing, 1)}: '
+                    f'load it as {f"local-dir:{file.parent}" if file else f"hf-hub:{hub_id(entry)}"}, whose '
+                    f'config.json has its arguments')
+        asked = find_weights(variant, asked)
+    layer_args = {name: asked.pop(name) for name in layer_arguments() if name in asked}
+    try:
+        model = build_model_with_cfg(
+            network, variant, pretrained, layer=layer, layer_args=layer_args, **build_args, **asked)
+    except UnfitError as error:
+        differing = _differing(network, layer, model_args, trained, kwargs, set(kwargs)) if trained else {}
+        if not differing:
+            raise
+        raise WeightsError(
+            f'{source} was trained with {_values(differing, 0)}, you asked for {_values(differing, 1)}: its weights '
+            f'do not fit that network. Leave the argument out, or train {variant} with it from the start') from error
+    # What timm saves of a model to build it again, beside the arguments that `create_model` was given.
+    model._model_args = {
+        name: value for name, value in model_args.items() if name in layer_arguments() and name not in kwargs}
+    if not pretrained and isinstance(kwargs.get('pretrained_cfg'), (str, type(None))):
+        model.pretrained_cfg.pop('label_names', None)  # of the published weights, which this model is without
+    return model
+
+
+def _beside(model_args: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """An architecture's arguments without those that make no sense beside what the caller chose."""
+    senseless = set()
+    if kwargs.get('sampling_type', model_args.get('sampling_type')) != model_args.get('sampling_type'):
+        senseless.add('num_samples')  # that of the architecture's own sampling
+    if kwargs.get('similarity_type') == 'Loc':
+        senseless.add('neighbor_init')  # by location the position itself has no rank of its own
+    if 'pointwise_init' in kwargs:
+        senseless.add('branch_mix')  # it starts the 1x1 convolution that mixes the branches
+    return {name: value for name, value in model_args.items() if name not in senseless}
+
+
+def _differing(
+        network: Type[nn.Module],
+        layer: str,
+        model_args: Dict[str, Any],
+        trained: Dict[str, Any],
+        asked: Dict[str, Any],
+        names: Set[str],
+) -> Dict[str, Tuple[Any, Any]]:
+    """Those of the names under which weights were trained with one value, and another is asked for: both values."""
+    defaults = {
+        name: parameter.default for cls in (*reversed(network.__mro__), LAYER_TYPES[layer])
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.default is not parameter.empty and name != 'bias'}  # whose default is the network's
+    first, second = ({**defaults, **model_args, **arguments} for arguments in (trained, asked))
+    ignored = NOT_OF_THE_WEIGHTS | {*layer_arguments()} - {*layer_arguments(layer)}
+    pairs = {name: (first[name], second[name]) for name in sorted(names & first.keys() & second.keys() - ignored)}
+    return {name: (a, b) for name, (a, b) in pairs.items() if _plain(a) != _plain(b)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # as JSON has it
+
+
+def _values(differing: Dict[str, Tuple[Any, Any]], which: int) -> str:
+    return ', '.join(f'{name}={pair[which]}' for name, pair in differing.items())
 
 
 def unknown_model(name: str) -> str:

@@ -12,7 +12,7 @@ import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from huggingface_hub import (
     constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache)
@@ -28,15 +28,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from timm.models import resolve_pretrained_cfg
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
 from convnn_timm.errors import UserError
 
 __all__ = [
     'FORMATS', 'HUB_FAILURES', 'MODEL_CARDS', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'cached_file', 'check_file',
     'checkout', 'download', 'explain', 'explained', 'find_entry', 'find_weights', 'hub_id', 'is_out_of_reach',
-    'local_file', 'manifest_revision', 'namespace', 'own_zoo', 'published_cfg', 'published_names', 'read_manifest',
-    'sha256', 'split_revision', 'tagged_names', 'with_tag_arguments']
+    'local_file', 'manifest_revision', 'named_entry', 'namespace', 'own_zoo', 'published_names', 'read_manifest',
+    'sha256', 'split_revision', 'with_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -105,36 +105,34 @@ def split_revision(repo: str) -> Tuple[str, Optional[str]]:
     return repo, revision or None
 
 
-def tagged_names(variants: Iterable[str], tag: str = 'cifar10') -> List[str]:
-    """Names `<arch>.<tag>` of these architectures: those that are published, and each with this tag.
+def with_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Complete a model file's configurations by the weights that the manifest lists.
 
-    Timm takes the last with a star for the architecture's default, whichever have weights.
+    Args:
+        cfgs: Configurations by `<arch>.<tag>`, or `<arch>` without a tag: one for each architecture, its default.
+
+    Returns:
+        One for each further tag in the manifest, then these, with a star: so timm's `generate_default_cfgs` leaves them
+        the default, whichever tags have weights.
     """
-    default = [f'{variant}.{tag}*' for variant in variants]
-    published = [name for name in read_manifest() if name.split('.')[0] in variants]
-    return [name for name in published if f'{name}*' not in default] + default
+    published = {}
+    for name, entry in read_manifest().items():
+        cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['pretrained_cfg'].items()}
+        published[name] = dict(cfg, hf_hub_id=entry['hub_id'])
+    default = {f'{name}*' if '.' in name else f'{name}.*': {**cfg, **published.get(name, {})}
+               for name, cfg in cfgs.items()}
+    architectures = {name.partition('.')[0]: cfg for name, cfg in cfgs.items()}
+    further = {
+        name: {**architectures[name.partition('.')[0]], **cfg} for name, cfg in published.items()
+        if name not in cfgs and name.partition('.')[0] in architectures}
+    return {**further, **default}
 
 
-def published_cfg(name: str) -> Dict[str, Any]:
-    """What a published weight adds to timm's configuration of its name; nothing if it is not published."""
-    entry = read_manifest().get(name.rstrip('*'))
-    if entry is None:
-        return {}
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in entry['pretrained_cfg'].items()}
-    return dict(cfg, hf_hub_id=entry['hub_id'])
-
-
-def with_tag_arguments(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of a model without weights: named `<arch>.<tag>`, it is the network that the published weights fit."""
-    tag = kwargs.get('pretrained_cfg')
-    entry = read_manifest().get(f'{variant}.{tag}') if isinstance(tag, str) else None
-    return with_arguments(entry, kwargs) if entry else kwargs
-
-
-def with_arguments(entry: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments that weights were trained with, where the caller chooses no others."""
-    sampling = {'num_samples', 'sample_padding'} if 'sampling_type' in kwargs else ()  # go with that choice
-    return {**{name: value for name, value in entry['model_args'].items() if name not in sampling}, **kwargs}
+def named_entry(variant: str, cfg: PretrainedCfg) -> Optional[Dict[str, Any]]:
+    """The manifest's line of the weights that a configuration stands for; None if it names others, or none."""
+    entry = read_manifest().get(f'{variant}.{cfg.tag}')
+    others = cfg.state_dict is not None or cfg.file or cfg.source == 'hf-hub'
+    return entry if entry and not others and cfg.hf_hub_id == entry['hub_id'] else None
 
 
 # Files
@@ -211,8 +209,8 @@ def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> 
 def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Find the weights that a model asked for with `pretrained=True` gets, and check them.
 
-    Published weights are taken from a local folder (`local_file`), else from the Hub, and bring the model arguments
-    that they were trained with. Of weights that the caller names, a repository is fetched and checked, a file opened.
+    Published weights are taken from a local folder (`local_file`), else from the Hub. Of weights that the caller names,
+    a repository is fetched and checked, a file opened.
 
     Args:
         variant: Name of the architecture.
@@ -224,7 +222,6 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     Raises:
         WeightsError: The weights cannot be fetched, or are damaged.
     """
-    kwargs = with_tag_arguments(variant, kwargs)
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.state_dict is None and cfg.file:
@@ -237,12 +234,11 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             check_file(file)
         return kwargs
     if cfg.state_dict is not None or not cfg.hf_hub_id:
-        return with_tag_arguments(variant, kwargs)
+        return kwargs
 
-    entry = read_manifest().get(f'{variant}.{cfg.tag}')
-    by_name = entry is not None and cfg.source != 'hf-hub' and cfg.hf_hub_id == entry['hub_id']
+    entry = named_entry(variant, cfg)
+    by_name = entry is not None
     if by_name:
-        kwargs = with_arguments(entry, kwargs)
         source, repo, revision, file = entry['name'], hub_id(entry), manifest_revision(entry), local_file(entry['name'])
     else:  # as hf-hub:OWNER/NAME
         entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None

@@ -16,7 +16,7 @@ from timm.models import (
     register_model, resolve_pretrained_cfg)
 
 from convnn_timm import conversion
-from ._common import check_complete
+from ._common import check_fits
 from ._weights import find_weights
 
 __all__ = []
@@ -26,8 +26,7 @@ default_cfgs = generate_default_cfgs({'convnn_converted': {}})  # that of the ba
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Accept the state dict of a model that was converted in the same way."""
-    classifier = model.pretrained_cfg.get('classifier')
-    check_complete(state_dict, model, classifier if isinstance(classifier, str) else '')
+    check_fits(state_dict, model)
     return state_dict
 
 

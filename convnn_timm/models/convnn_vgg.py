@@ -6,19 +6,18 @@ images, with sampled candidates.
 Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vgg import VGG, cfgs
 
-from convnn_timm.layers import LAYER_TYPES, convert_original_state_dict, create_layer
+from convnn_timm.layers import convert_original_state_dict, create_layer
 from convnn_timm.layers.factory import first_modules, rearranges_channels
 from ._common import (
-    add_input_noise, check_complete, check_known, cifar_cfg, entrypoint, imagenet_cfg, init_convnn_weights, sampled,
-    split_layer_args)
-from ._weights import published_cfg, tagged_names
+    add_input_noise, build_model, check_fits, check_known, cifar_cfg, imagenet_cfg, init_convnn_weights)
+from ._weights import with_weights
 
 __all__ = ['ConvNNVGG']
 
@@ -105,7 +104,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         state_dict['pre_logits.fc1.weight'] = state_dict['pre_logits.fc1.weight'].unflatten(1, (-1, 7, 7))
         state_dict['pre_logits.fc2.weight'] = state_dict['pre_logits.fc2.weight'][..., None, None]
         state_dict = convert_original_state_dict(state_dict, model)
-    check_complete(state_dict, model, classifier='head.fc')
+    check_fits(state_dict, model)
     check_channels(state_dict, model)
     return state_dict
 
@@ -124,41 +123,218 @@ def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Non
             'input channels')
 
 
-def _cfg(layer: str, base: Callable[..., Dict[str, Any]] = cifar_cfg, pool: int = 1, **kwargs) -> Dict[str, Any]:
-    return base(
-        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(pool, pool),
-        min_input_size=(3, 32, 32), **kwargs)
+def _cfg(layer: str) -> Dict[str, Any]:
+    return cifar_cfg(
+        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(1, 1),
+        min_input_size=(3, 32, 32))
 
 
-_VARIANTS = {f'{depth}_{layer}': (depth, layer) for depth in cfgs for layer in LAYER_TYPES}
-_VARIANTS_224 = {'vgg11_convnn_branching_224': ('vgg11', 'convnn_branching')}
-
-default_cfgs = generate_default_cfgs({
-    **{name: _cfg(_VARIANTS[name.split('.')[0]][1], **published_cfg(name)) for name in tagged_names(_VARIANTS)},
-    **{name: _cfg('convnn_branching', imagenet_cfg, pool=7, **published_cfg(name))
-       for name in tagged_names(_VARIANTS_224, '')}})
+def _cfg_224(layer: str) -> Dict[str, Any]:
+    return imagenet_cfg(
+        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(7, 7),
+        min_input_size=(3, 32, 32))
 
 
-def _create_convnn_vgg(variant: str, pretrained: bool = False, **kwargs) -> ConvNNVGG:
-    large = variant in _VARIANTS_224
-    depth, layer = (_VARIANTS_224 if large else _VARIANTS)[variant]
-    layer_args, kwargs = split_layer_args(kwargs)
+default_cfgs = generate_default_cfgs(with_weights({
+    'vgg11_conv2d.cifar10': _cfg('conv2d'),
+    'vgg11_conv2d_new.cifar10': _cfg('conv2d_new'),
+    'vgg11_convnn.cifar10': _cfg('convnn'),
+    'vgg11_convnn_attn.cifar10': _cfg('convnn_attn'),
+    'vgg11_convnn_branching.cifar10': _cfg('convnn_branching'),
+    'vgg11_convnn_branching_attn.cifar10': _cfg('convnn_branching_attn'),
+    'vgg13_conv2d.cifar10': _cfg('conv2d'),
+    'vgg13_conv2d_new.cifar10': _cfg('conv2d_new'),
+    'vgg13_convnn.cifar10': _cfg('convnn'),
+    'vgg13_convnn_attn.cifar10': _cfg('convnn_attn'),
+    'vgg13_convnn_branching.cifar10': _cfg('convnn_branching'),
+    'vgg13_convnn_branching_attn.cifar10': _cfg('convnn_branching_attn'),
+    'vgg16_conv2d.cifar10': _cfg('conv2d'),
+    'vgg16_conv2d_new.cifar10': _cfg('conv2d_new'),
+    'vgg16_convnn.cifar10': _cfg('convnn'),
+    'vgg16_convnn_attn.cifar10': _cfg('convnn_attn'),
+    'vgg16_convnn_branching.cifar10': _cfg('convnn_branching'),
+    'vgg16_convnn_branching_attn.cifar10': _cfg('convnn_branching_attn'),
+    'vgg19_conv2d.cifar10': _cfg('conv2d'),
+    'vgg19_conv2d_new.cifar10': _cfg('conv2d_new'),
+    'vgg19_convnn.cifar10': _cfg('convnn'),
+    'vgg19_convnn_attn.cifar10': _cfg('convnn_attn'),
+    'vgg19_convnn_branching.cifar10': _cfg('convnn_branching'),
+    'vgg19_convnn_branching_attn.cifar10': _cfg('convnn_branching_attn'),
+    'vgg11_convnn_branching_224': _cfg_224('convnn_branching'),
+}))
+
+
+def _create_convnn_vgg(
+        variant: str,
+        layer: str,
+        pretrained: bool,
+        kwargs: Dict[str, Any],
+        model_args: Optional[Dict[str, Any]] = None,
+) -> ConvNNVGG:
+    kwargs = dict(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
-    return build_model_with_cfg(
+    return build_model(
         ConvNNVGG,
         variant,
+        layer,
         pretrained,
-        model_cfg=cfgs[depth],
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        model_args or {},
+        kwargs,
         pretrained_filter_fn=checkpoint_filter_fn,
-        layer=layer,
-        layer_args=sampled(layer_args) if large else layer_args,
-        **kwargs,
+        model_cfg=cfgs[variant.partition('_')[0]],
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
     )
 
 
-# vgg11_conv2d, vgg11_conv2d_new, ... vgg19_convnn_branching_attn, then vgg11_convnn_branching_224
-for _variant, (_depth, _layer) in {**_VARIANTS, **_VARIANTS_224}.items():
-    register_model(entrypoint(
-        _create_convnn_vgg, _variant, __name__,
-        f'VGG-{_depth[3:]} with {LAYER_TYPES[_layer].__name__} layers, all layer arguments as keywords.'))
+@register_model
+def vgg11_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: convolutions, the twin of the ConvNN networks."""
+    return _create_convnn_vgg('vgg11_conv2d', 'conv2d', pretrained, kwargs)
+
+
+@register_model
+def vgg11_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: convolutions that can see coordinates."""
+    return _create_convnn_vgg('vgg11_conv2d_new', 'conv2d_new', pretrained, kwargs)
+
+
+@register_model
+def vgg11_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: convolution over nearest neighbours."""
+    return _create_convnn_vgg('vgg11_convnn', 'convnn', pretrained, kwargs)
+
+
+@register_model
+def vgg11_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: attention to nearest neighbours."""
+    return _create_convnn_vgg('vgg11_convnn_attn', 'convnn_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg11_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: convolution and ConvNN, mixed."""
+    return _create_convnn_vgg('vgg11_convnn_branching', 'convnn_branching', pretrained, kwargs)
+
+
+@register_model
+def vgg11_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for small images: convolution and ConvNN attention, mixed."""
+    return _create_convnn_vgg('vgg11_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg13_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: convolutions, the twin of the ConvNN networks."""
+    return _create_convnn_vgg('vgg13_conv2d', 'conv2d', pretrained, kwargs)
+
+
+@register_model
+def vgg13_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: convolutions that can see coordinates."""
+    return _create_convnn_vgg('vgg13_conv2d_new', 'conv2d_new', pretrained, kwargs)
+
+
+@register_model
+def vgg13_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: convolution over nearest neighbours."""
+    return _create_convnn_vgg('vgg13_convnn', 'convnn', pretrained, kwargs)
+
+
+@register_model
+def vgg13_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: attention to nearest neighbours."""
+    return _create_convnn_vgg('vgg13_convnn_attn', 'convnn_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg13_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: convolution and ConvNN, mixed."""
+    return _create_convnn_vgg('vgg13_convnn_branching', 'convnn_branching', pretrained, kwargs)
+
+
+@register_model
+def vgg13_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-13 for small images: convolution and ConvNN attention, mixed."""
+    return _create_convnn_vgg('vgg13_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg16_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: convolutions, the twin of the ConvNN networks."""
+    return _create_convnn_vgg('vgg16_conv2d', 'conv2d', pretrained, kwargs)
+
+
+@register_model
+def vgg16_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: convolutions that can see coordinates."""
+    return _create_convnn_vgg('vgg16_conv2d_new', 'conv2d_new', pretrained, kwargs)
+
+
+@register_model
+def vgg16_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: convolution over nearest neighbours."""
+    return _create_convnn_vgg('vgg16_convnn', 'convnn', pretrained, kwargs)
+
+
+@register_model
+def vgg16_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: attention to nearest neighbours."""
+    return _create_convnn_vgg('vgg16_convnn_attn', 'convnn_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg16_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: convolution and ConvNN, mixed."""
+    return _create_convnn_vgg('vgg16_convnn_branching', 'convnn_branching', pretrained, kwargs)
+
+
+@register_model
+def vgg16_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-16 for small images: convolution and ConvNN attention, mixed."""
+    return _create_convnn_vgg('vgg16_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg19_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: convolutions, the twin of the ConvNN networks."""
+    return _create_convnn_vgg('vgg19_conv2d', 'conv2d', pretrained, kwargs)
+
+
+@register_model
+def vgg19_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: convolutions that can see coordinates."""
+    return _create_convnn_vgg('vgg19_conv2d_new', 'conv2d_new', pretrained, kwargs)
+
+
+@register_model
+def vgg19_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: convolution over nearest neighbours."""
+    return _create_convnn_vgg('vgg19_convnn', 'convnn', pretrained, kwargs)
+
+
+@register_model
+def vgg19_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: attention to nearest neighbours."""
+    return _create_convnn_vgg('vgg19_convnn_attn', 'convnn_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg19_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: convolution and ConvNN, mixed."""
+    return _create_convnn_vgg('vgg19_convnn_branching', 'convnn_branching', pretrained, kwargs)
+
+
+@register_model
+def vgg19_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-19 for small images: convolution and ConvNN attention, mixed."""
+    return _create_convnn_vgg('vgg19_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+
+
+@register_model
+def vgg11_convnn_branching_224(pretrained: bool = False, **kwargs) -> ConvNNVGG:
+    """VGG-11 for 224x224 images: convolution and ConvNN, mixed, with a grid of 8x8 candidates.
+
+    The first map has 50176 tokens, too many to compare each with all.
+    """
+    model_args = dict(sampling_type='spatial', num_samples=8)
+    return _create_convnn_vgg('vgg11_convnn_branching_224', 'convnn_branching', pretrained, kwargs, model_args)
