@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 
 import convnn_timm.models  # noqa: F401
 from convnn_timm.cli import build_parser

@@ -7,7 +7,7 @@ weight that the manifest marks as published, between `<!-- zoo -->` and `<!-- /z
 """
 import re
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple
+from typing import Dict, Iterable, List, Sequence
 
 from convnn_timm.card import Card, Record, accuracy, read_card, text
 from convnn_timm.hub import published_folders

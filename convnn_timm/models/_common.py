@@ -1,7 +1,7 @@
 """What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
 import difflib
 import inspect
-from typing import Any, Callable, Dict, List, Set, Tuple, Type
+from typing import Any, Dict, Set, Tuple, Type
 
 import timm
 import torch

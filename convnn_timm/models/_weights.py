@@ -12,7 +12,7 @@ import re
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from huggingface_hub import (
     constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache)

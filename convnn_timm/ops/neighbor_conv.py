@@ -113,7 +113,7 @@ def _gather_and_multiply(y, x, index, weight, score, groups) -> None:
 
 
 def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
-    (B, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
+    (_, T, C), K, O = x.shape, index.shape[2], weight.shape[0]
     matrix = _by_output(weight, groups)
     grad_x = torch.zeros_like(widen(x), memory_format=torch.contiguous_format) if of_x else None
     grad_matrix = widen(torch.zeros_like(matrix)) if of_weight else None
