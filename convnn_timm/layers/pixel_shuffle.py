@@ -30,7 +30,7 @@ class PixelShuffle1d(nn.Module):
         C = x.shape[-2]
         if C % self.upscale_factor:
             raise ValueError(f'{C} channels are not divisible by the upscale factor {self.upscale_factor}')
-        return x.unflatten(-2, [C // self.upscale_factor, self.upscale_factor]).flatten(-2)
+        return x.reshape(list(x.shape[:-2]) + [C // self.upscale_factor, -1])
 
     def extra_repr(self) -> str:
         return f'upscale_factor={self.upscale_factor}'
@@ -49,10 +49,10 @@ class PixelUnshuffle1d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             check_rank(x, 1)
-        T = x.shape[-1]
+        C, T = x.shape[-2:]
         if T % self.downscale_factor:
             raise ValueError(f'{T} tokens are not divisible by the downscale factor {self.downscale_factor}')
-        return x.unflatten(-1, [self.downscale_factor, T // self.downscale_factor]).flatten(-3, -2)
+        return x.reshape(list(x.shape[:-2]) + [C * self.downscale_factor, T // self.downscale_factor])
 
     def extra_repr(self) -> str:
         return f'downscale_factor={self.downscale_factor}'
