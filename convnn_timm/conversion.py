@@ -21,7 +21,7 @@ from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
-from .layers.factory import check_arguments, first_modules, rearranges_channels
+from .layers.registry import check_arguments, first_modules, rearranges_channels
 from .layers.script import record_call
 from .macs import count_macs, count_parameters
 

@@ -223,7 +223,7 @@ def write_digits(folder: Path) -> None:
 
 
 def train_digits(data: Path, run: Path, train_args: Sequence[str] = ()) -> None:
-    from convnn_timm.train import main as train
+    from .train.engine import main as train
 
     try:
         train([

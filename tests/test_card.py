@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from timm.models import save_for_hf
 
-from convnn_timm import cli, hub
-from convnn_timm.card import Record, base_of, read_card, write_card
+from convnn_timm.cli import commands as cli
+from convnn_timm.hub import publish as hub
+from convnn_timm.hub.card import Record, base_of, read_card, write_card
 from convnn_timm.models import _weights
-from convnn_timm.train import main as train
+from convnn_timm.train.engine import main as train
 
 NAME = 'resnet18_convnn_branching.cifar10'
 CLASSES = ('bee', 'cat', 'dog')
-PACKAGE = Path(hub.__file__).parent
+PACKAGE = Path(hub.__file__).parents[1]
 ROOT = Path(__file__).parents[1]
 SHIPPED = {folder.name: folder for folder in hub.published_folders(ROOT / 'model_cards')}
 
@@ -48,7 +49,7 @@ def publish(base: Path) -> Path:
     for model in ('resnet18_convnn_branching', 'resnet18_conv2d'):
         train([*flags.split(), '--model', model, '--experiment', model])
     shutil.copytree(PACKAGE, root / 'convnn_timm', ignore=shutil.ignore_patterns('__pycache__', 'model_cards'))
-    (root / 'convnn_timm' / 'manifest.json').write_text('[]\n')
+    (root / 'convnn_timm' / 'models' / 'manifest.json').write_text('[]\n')
     with pytest.MonkeyPatch.context() as patch:
         make_checkout(root, patch)
         hub.export(
@@ -65,7 +66,7 @@ def make_checkout(root: Path, patch: pytest.MonkeyPatch) -> None:
     (root / 'model_cards').mkdir(parents=True)
     (root / 'pyproject.toml').touch()
     patch.setattr(_weights, 'PACKAGE', root / 'convnn_timm')
-    patch.setattr(_weights, 'MANIFEST', root / 'convnn_timm' / 'manifest.json')
+    patch.setattr(_weights, 'MANIFEST', root / 'convnn_timm' / 'models' / 'manifest.json')
 
 
 def repeat(run: Path, seed: int, points: float = 5., **args) -> Path:
@@ -107,8 +108,8 @@ def published(tmp_path_factory):
 def manifest(published, monkeypatch, tmp_path):
     """The manifest of a checkout of this test's own, without weights."""
     make_checkout(tmp_path / 'checkout', monkeypatch)
-    _weights.PACKAGE.mkdir()
-    return Path(shutil.copy(published / 'convnn_timm' / 'manifest.json', _weights.MANIFEST))
+    _weights.MANIFEST.parent.mkdir(parents=True)
+    return Path(shutil.copy(published / 'convnn_timm' / 'models' / 'manifest.json', _weights.MANIFEST))
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def rewrite(file, **changes):
 # The folder
 
 def test_the_manifest_and_the_folders_name_the_same_weights():
-    assert set(SHIPPED) == {entry['name'] for entry in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text())}
+    assert set(SHIPPED) == {entry['name'] for entry in json.loads((ROOT / 'convnn_timm' / 'models' / 'manifest.json').read_text())}
     assert sum((folder / 'model.safetensors').stat().st_size for folder in SHIPPED.values()) < 100e6
 
 
@@ -138,13 +139,13 @@ def test_a_shipped_card_and_line_of_the_manifest_are_those_of_the_files(name, tm
     folder = shutil.copytree(SHIPPED[name], tmp_path / name)
     write_card(folder, name)
     assert (folder / 'README.md').read_text() == (SHIPPED[name] / 'README.md').read_text()
-    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
+    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'models' / 'manifest.json').read_text()) if e['name'] == name)
     assert {**hub.manifest_entry(folder, name), 'hub_id': entry['hub_id'], 'revision': entry['revision']} == entry
 
 
 @pytest.mark.parametrize('name', SHIPPED)
 def test_a_shipped_weight_is_whole(name):
-    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'manifest.json').read_text()) if e['name'] == name)
+    entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'models' / 'manifest.json').read_text()) if e['name'] == name)
     assert hub.check_folder(SHIPPED[name], entry) == []
 
 
@@ -229,7 +230,7 @@ def test_the_folder_is_a_timm_model_with_the_arguments_of_the_run(published):
 
 
 def test_the_line_in_the_manifest(published):
-    entry, = json.loads((published / 'convnn_timm' / 'manifest.json').read_text())
+    entry, = json.loads((published / 'convnn_timm' / 'models' / 'manifest.json').read_text())
     file = published / 'cards' / NAME / 'model.safetensors'
     evaluation = json.loads((published / 'cards' / NAME / 'training' / 'evaluation.json').read_text())
     assert entry['name'] == NAME and entry['file'] == 'model.safetensors' and entry['dataset'] == 'cifar10'

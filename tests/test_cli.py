@@ -20,8 +20,9 @@ import timm
 import torch
 from PIL import Image, features
 
-from convnn_timm import __version__, cli
-from convnn_timm.cli import load_model
+from convnn_timm import __version__
+from convnn_timm.cli import commands as cli
+from convnn_timm.cli.commands import load_model
 from convnn_timm.images import ImageError, read_image
 
 NAMES = ['ant', 'bee', 'cat']
@@ -170,14 +171,14 @@ def test_control_characters_do_not_reach_the_terminal(capsys):
 
 def test_train_and_run_hand_their_arguments_over(capsys, monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, 'convnn_timm.train', types.SimpleNamespace(main=seen.append))
+    monkeypatch.setitem(sys.modules, 'convnn_timm.train.engine', types.SimpleNamespace(main=seen.append))
     assert cli.main(['train', '--model', 'resnet18', '--help']) == 0
     assert seen == [['--model', 'resnet18', '--help']]
 
     def refuse(argv):
         raise SystemExit('error: no such recipe')
 
-    monkeypatch.setitem(sys.modules, 'convnn_timm.train', types.SimpleNamespace(main=refuse))
+    monkeypatch.setitem(sys.modules, 'convnn_timm.train.engine', types.SimpleNamespace(main=refuse))
     assert error_of(capsys, 'train') == 'convnn-timm: error: no such recipe\n'
 
     monkeypatch.setattr('convnn_timm.autoload.run_script', lambda *args: seen.append(args), raising=False)
@@ -524,13 +525,13 @@ def test_export_onnx(capsys, model_folder, photo, tmp_path, onnx_packages):
 @pytest.fixture
 def no_export(monkeypatch, onnx_packages):
     """export-onnx without its slow part: an empty file, and onnxruntime's logits as far off as the test says."""
-    monkeypatch.setattr('convnn_timm.onnx_export.export_onnx', lambda model, path, *args: path.write_bytes(b''))
+    monkeypatch.setattr('convnn_timm.inspect.onnx_export.export_onnx', lambda model, path, *args: path.write_bytes(b''))
 
     def compare(difference, moved=0., same=True):
         monkeypatch.setattr(
-            'convnn_timm.onnx_export.compare_onnx',
+            'convnn_timm.inspect.onnx_export.compare_onnx',
             lambda m, p, x: (torch.full((len(x),), difference), torch.full((len(x),), same)))
-        monkeypatch.setattr('convnn_timm.onnx_export.sensitivity', lambda m, x: torch.full((len(x),), moved))
+        monkeypatch.setattr('convnn_timm.inspect.onnx_export.sensitivity', lambda m, x: torch.full((len(x),), moved))
     return compare
 
 
@@ -565,7 +566,7 @@ def test_export_onnx_takes_another_class_for_a_difference(capsys, model_folder, 
         not os.path.isdir('/proc'), reason='needs a folder that nobody can write to'))])
 def test_export_onnx_finds_what_it_cannot_write_before_the_work(
         capsys, model_folder, tmp_path, monkeypatch, onnx_packages, place, message):
-    monkeypatch.setattr('convnn_timm.onnx_export.export_onnx', lambda *args: pytest.fail('has begun'))
+    monkeypatch.setattr('convnn_timm.inspect.onnx_export.export_onnx', lambda *args: pytest.fail('has begun'))
     (tmp_path / 'file').touch()
     call = 'export-onnx', f'local-dir:{model_folder}', '--force', '-o', str(tmp_path / place)
     assert message in error_of(capsys, *call)

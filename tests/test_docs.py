@@ -7,10 +7,10 @@ import pytest
 import timm
 
 import convnn_timm.models  # noqa: F401
-from convnn_timm.cli import build_parser
+from convnn_timm.cli.commands import build_parser
 from convnn_timm.layers import LAYER_TYPES, layer_arguments
 from convnn_timm.macs import count_macs
-from convnn_timm.train import build_parser as build_train_parser
+from convnn_timm.train.engine import build_parser as build_train_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from convnn_timm import layers
 from convnn_timm.layers import Branching1d, ConvNN1d, ConvNNAttention1d
 from convnn_timm.models.convnn_resnet import ConvNNBasicBlock
-from convnn_timm.onnx_export import TOLERANCE, compare_onnx, export_onnx, sensitivity
+from convnn_timm.inspect.onnx_export import TOLERANCE, compare_onnx, export_onnx, sensitivity
 
 LAYERS = ('convnn', 'convnn_attn', 'convnn_branching')
 

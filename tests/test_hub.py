@@ -17,8 +17,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hub_server
-from convnn_timm.card import build_model, write_card
-from convnn_timm.hub import manifest_entry, write_golden
+from convnn_timm.hub.card import build_model, write_card
+from convnn_timm.hub.publish import manifest_entry, write_golden
 from hub_server import Handler, Hub, sha256
 from test_card import NAME, publish
 
@@ -114,7 +114,7 @@ def on_the_hub(hub, published):
 @pytest.fixture
 def session(forks, published, tmp_path, request):
     """Runs code as a user would, with the Hub, a cache of the test's own and the published weight in no place."""
-    manifest, cards = published / 'convnn_timm' / 'manifest.json', tmp_path / 'checkout' / 'model_cards'
+    manifest, cards = published / 'convnn_timm' / 'models' / 'manifest.json', tmp_path / 'checkout' / 'model_cards'
     before = manifest.read_text()
     shutil.copytree(published / 'cards', cards)
     hub = request.getfixturevalue('hub')

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
 from convnn_timm.models._weights import WeightsError
-from convnn_timm.train_args import parse_args
+from convnn_timm.train.flags import parse_args
 
 NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
          for layer in LAYER_TYPES]

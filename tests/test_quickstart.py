@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convnn_timm import cli
+from convnn_timm.cli import commands as cli
 from convnn_timm import quickstart as qs
 from convnn_timm.models._weights import WeightsError
 
@@ -87,7 +87,7 @@ def test_interrupted_training_goes_on_later(tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('convnn_timm.train.train', stop)
+    monkeypatch.setattr('convnn_timm.train.engine.train', stop)
     with pytest.raises(qs.QuickstartError, match='^interrupted; run the quickstart again to go on$') as stopped:
         qs.train_digits(tmp_path / 'digits', tmp_path / 'run')
     assert stopped.value.code == 130

@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 from timm.optim import muon
 from torch.overrides import TorchFunctionMode
 
-from convnn_timm import convert, hub, train, train_folder
+from convnn_timm import convert
+from convnn_timm.hub import publish as hub
+from convnn_timm.train import engine as train, run_folder as train_folder
 from convnn_timm.models import _weights
-from convnn_timm.train import evaluate, main, parse_args
-from convnn_timm.train_args import recipe_names
-from convnn_timm.train_data import (
+from convnn_timm.train.engine import evaluate, main, parse_args
+from convnn_timm.train.flags import recipe_names
+from convnn_timm.train.data import (
     FolderReader, MemoryBatches, class_names, class_numbers, create_batches, create_parts, holdout_split)
-from convnn_timm.train_folder import read_summary, starts_alike
+from convnn_timm.train.run_folder import read_summary, starts_alike
 
 CLASSES = ('bee', 'cat', 'dog')
 

@@ -13,9 +13,10 @@ from PIL import Image
 from timm.data import create_transform
 
 import convnn_timm.models  # noqa: F401, registers the models
-from convnn_timm import cli, convert
+from convnn_timm import convert
+from convnn_timm.cli import commands as cli
 from convnn_timm.layers import Branching2d, ConvNN2d, ConvNNAttention2d
-from convnn_timm.visualize import (
+from convnn_timm.inspect.visualize import (
     LayerStats,
     capture_neighbors,
     draw_neighbors,
@@ -350,7 +351,7 @@ def test_neighbors_command_errors(capsys, trained, photo, tmp_path):
         assert complaint in error_of(capsys, 'neighbors', photo, '--model', trained, '-o', out)
     folder = tmp_path / 'a.png'
     folder.mkdir()
-    assert f'{folder}: Is a directory' in error_of(
+    assert f'{folder} is a folder: name a file' in error_of(
         capsys, 'neighbors', photo, '--model', trained, '-o', folder, '--force')
     assert 'try sheet.png' in error_of(capsys, 'neighbors', photo, '--model', trained, '-o', 'sheet', status=2)
 

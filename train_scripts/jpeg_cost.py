@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from convnn_timm.train_folder import environment
+from convnn_timm.train.run_folder import environment
 
 ORIGINAL = 94.01  # top-1 in percent on the original images: mean of 1000 runs, says the repository's legacy/airbench94.py
 

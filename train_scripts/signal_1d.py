@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from convnn_timm.layers import Branching1d, ConvNN1d
 from convnn_timm.macs import count_parameters
-from convnn_timm.train_folder import environment
+from convnn_timm.train.run_folder import environment
 
 NOISE = 0.5  # standard deviation, in those of the signal
 TRAIN, TEST = slice(0, 7200), slice(7200, 11000)

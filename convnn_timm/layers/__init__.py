@@ -3,7 +3,7 @@ from .attention import ConvNNAttention1d, ConvNNAttention2d
 from .branching import Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d
 from .convnn import ConvNN1d, ConvNN2d
 from .coord_conv import CoordConv2d
-from .factory import LAYER_TYPES, create_layer, layer_arguments
+from .registry import LAYER_TYPES, create_layer, layer_arguments
 from .original import convert_original_state_dict, load_original_state_dict
 from .pixel_shuffle import PixelShuffle1d, PixelUnshuffle1d
 

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, get_model_traits, resolve_pretrained_cfg
 
 from convnn_timm.layers import LAYER_TYPES, Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
-from convnn_timm.layers.factory import check_arguments
+from convnn_timm.layers.registry import check_arguments
 from ._weights import WeightsError, find_weights, hub_id, local_file, named_entry
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Published weights: which there are, where their files are found, and whether a file is whole.
 
-The package's manifest.json has a line for each; `convnn-timm export` and `push` (../hub.py) write it in a checkout. A
+manifest.json has a line for each; `convnn-timm export` and `push` (../hub) write it in a checkout. A
 file is compared with it before its weights are used: neither timm nor the Hub's client notices wrong content of the
 right size.
 """
@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 
 NAMESPACE = 'convnn-timm'  # owner of the repositories on the Hub
 PACKAGE = Path(__file__).parents[1]
-MANIFEST = PACKAGE / 'manifest.json'
+MANIFEST = Path(__file__).with_name('manifest.json')
 MODEL_CARDS = 'model_cards'  # folder of the published weights: in a checkout's root, else in the installed package
 WEIGHTS = 'model.safetensors'
 FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm opens

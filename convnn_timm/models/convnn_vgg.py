@@ -14,7 +14,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vgg import VGG, cfgs
 
 from convnn_timm.layers import convert_original_state_dict, create_layer
-from convnn_timm.layers.factory import first_modules, rearranges_channels
+from convnn_timm.layers.registry import first_modules, rearranges_channels
 from ._common import (
     add_input_noise, build_model, check_fits, check_known, cifar_cfg, imagenet_cfg, init_convnn_weights)
 from ._weights import with_weights

@@ -18,8 +18,8 @@ from timm import utils
 from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from .macs import count_macs, count_parameters
-from .train_args import UsageError, defaults, find_recipe
+from convnn_timm.macs import count_macs, count_parameters
+from .flags import UsageError, defaults, find_recipe
 
 __all__ = [
     'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',

@@ -35,15 +35,15 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .conversion import convert
-from .errors import UserError
-from .images import printable
-from .macs import count_macs
-from .models._common import unknown_model
-from .train_args import UsageError, build_parser, parse_args
-from .train_data import (
+from convnn_timm.conversion import convert
+from convnn_timm.errors import UserError
+from convnn_timm.images import printable
+from convnn_timm.macs import count_macs
+from convnn_timm.models._common import unknown_model
+from .flags import UsageError, build_parser, parse_args
+from .data import (
     check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size, stop_crops)
-from .train_folder import (
+from .run_folder import (
     Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, state_classes_once,
     unfinished)
 

@@ -1,4 +1,4 @@
-""" The trainer's arguments and recipes. """
+"""The trainer's arguments and recipes."""
 import argparse
 import difflib
 import importlib.resources
@@ -11,7 +11,7 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
-from .errors import UserError
+from convnn_timm.errors import UserError
 
 __all__ = ['UsageError', 'build_parser', 'defaults', 'find_recipe', 'parse_args', 'recipe_names']
 

@@ -21,8 +21,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from .images import image_mode, printable, read_image, scan
-from .train_args import ARGUMENTS, UsageError
+from convnn_timm.images import image_mode, printable, read_image, scan
+from .flags import ARGUMENTS, UsageError
 
 __all__ = [
     'MemoryBatches', 'Part', 'check_class_names', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed',

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
-from . import __version__
-from .errors import UserError
+from convnn_timm import __version__
+from convnn_timm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -317,7 +317,7 @@ def build_parser() -> Parser:
 
 def train(argv: List[str]) -> int:
     with announced('loading PyTorch'):
-        from convnn_timm.train import main
+        from convnn_timm.train.engine import main
     try:
         main(argv)
     except SystemExit as stop:
@@ -383,7 +383,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from convnn_timm import hub
+    from convnn_timm.hub import publish as hub
     from convnn_timm.models import _weights
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
@@ -395,7 +395,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def push(args: argparse.Namespace) -> int:
-    from convnn_timm import hub
+    from convnn_timm.hub import publish as hub
     if bool(args.folder) == args.all:
         raise CommandError('which weights? A folder, or --all', code=2)
     folders = hub.published_folders(Path('model_cards')) if args.all else [args.folder]
@@ -414,7 +414,7 @@ def push(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from convnn_timm import hub
+    from convnn_timm.hub import publish as hub
     status = 0
     for weight in args.weights:
         try:
@@ -431,7 +431,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def pull(args: argparse.Namespace) -> int:
-    from convnn_timm import hub
+    from convnn_timm.hub import publish as hub
     status = 0
     for weight in args.weights:
         try:
@@ -530,7 +530,7 @@ def print_json(answers: Iterable[Answer], paths: Sequence[Path]) -> None:
 
 def neighbors(args: argparse.Namespace) -> None:
     from convnn_timm.images import read_image
-    from convnn_timm.visualize import capture_neighbors, draw_neighbors, neighbor_layers, see
+    from convnn_timm.inspect.visualize import capture_neighbors, draw_neighbors, neighbor_layers, see
 
     if not args.output.suffix:  # matplotlib would add one
         raise CommandError(f'{args.output} does not say which kind of picture: try {args.output}.png', code=2)
@@ -554,7 +554,7 @@ def neighbors(args: argparse.Namespace) -> None:
 def stats(args: argparse.Namespace) -> int:
     import torch
     from convnn_timm.images import ImageError, read_image
-    from convnn_timm.visualize import draw_stats, neighbor_stats, write_csv
+    from convnn_timm.inspect.visualize import draw_stats, neighbor_stats, write_csv
 
     if args.limit < 1:
         raise CommandError(f'--limit must be 1 or more, got {args.limit}', code=2)
@@ -595,7 +595,7 @@ def stats(args: argparse.Namespace) -> int:
 
 def export_onnx(args: argparse.Namespace) -> int:
     import torch
-    from convnn_timm import onnx_export
+    from convnn_timm.inspect import onnx_export
     from convnn_timm.images import preprocessing
 
     opset = args.opset or onnx_export.OPSET
@@ -682,7 +682,7 @@ def load_neighbor_model(name: str, device: 'torch.device') -> Tuple['nn.Module',
     """
     import timm
     from convnn_timm.images import preprocessing
-    from convnn_timm.visualize import neighbor_layers
+    from convnn_timm.inspect.visualize import neighbor_layers
 
     if timm.is_model(name):
         with suppress(RuntimeError):  # an unknown tag, of which load_model will tell

@@ -40,15 +40,15 @@ from timm.data import create_transform, resolve_data_config
 
 import convnn_timm.models  # noqa: F401, registers the models
 from .card import PLACES, Record, base_of, build_model, empty_fields, machine_name, read_config, write_card
-from .images import image_mode, sample_photographs
-from .models import _weights
-from .models._weights import (
+from convnn_timm.images import image_mode, sample_photographs
+from convnn_timm.models import _weights
+from convnn_timm.models._weights import (
     FORMATS, WEIGHTS, OtherWeights, WeightsError, cached_file, check_file, checkout, explain, explained, find_entry,
     is_out_of_reach, local_file, manifest_revision, namespace, own_zoo, read_manifest, sha256, split_revision)
-from .train import evaluate
-from .train_args import UsageError, parse_args
-from .train_data import check_classes, create_batches, create_parts
-from .train_folder import environment, read_summary, state_classes_once, unfinished, without_folders
+from convnn_timm.train.engine import evaluate
+from convnn_timm.train.flags import UsageError, parse_args
+from convnn_timm.train.data import check_classes, create_batches, create_parts
+from convnn_timm.train.run_folder import environment, read_summary, state_classes_once, unfinished, without_folders
 
 __all__ = ['WeightsError', 'check_folder', 'export', 'published_folders', 'pull', 'push', 'verify']
 

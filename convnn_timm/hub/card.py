@@ -19,13 +19,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import parse_model_name
 
-from .conversion import convert
-from .layers import LAYER_TYPES, layer_arguments
-from .macs import count_macs, count_parameters
-from .models._weights import WeightsError, find_entry, namespace, split_revision
-from .train_args import defaults
-from .train_data import EVAL_SPLITS
-from .train_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary, state_classes_once
+from convnn_timm.conversion import convert
+from convnn_timm.layers import LAYER_TYPES, layer_arguments
+from convnn_timm.macs import count_macs, count_parameters
+from convnn_timm.models._weights import WeightsError, find_entry, namespace, split_revision
+from convnn_timm.train.flags import defaults
+from convnn_timm.train.data import EVAL_SPLITS
+from convnn_timm.train.run_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary, state_classes_once
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',

@@ -1,0 +1,4 @@
+"""The command `convnn-timm`."""
+from .commands import main
+
+__all__ = ['main']

@@ -1,0 +1,1 @@
+"""Published weights: make, push, verify and fetch them, and their model cards."""

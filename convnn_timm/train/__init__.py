@@ -1,0 +1,1 @@
+"""The trainer, `convnn-timm train`."""
