@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_timm.ops
 from convnn_timm.ops import grid_neighbors, knn, knn_index, neighbor_conv, reference
-from convnn_timm.ops import _common, products, topk
-from convnn_timm.ops.products import columns_by_columns, rows_by_columns, rows_by_rows
-from convnn_timm.ops.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
+from convnn_timm.ops import _common
+from convnn_timm.ops.eager import aggregation, products, topk
+from convnn_timm.ops.eager.products import columns_by_columns, rows_by_columns, rows_by_rows
+from convnn_timm.ops.eager.topk import column_scratch, topk_of_columns, topk_of_rows, topk_of_tied_rows
 
 
 @pytest.fixture(params=[2 ** 23, 4096], ids=['one chunk', 'many chunks'])
@@ -27,7 +28,7 @@ def least_columns(request, monkeypatch):
 
 @pytest.fixture(params=[False, True], ids=['gather first', 'multiply first'])
 def order(request, monkeypatch):
-    monkeypatch.setattr(sys.modules['convnn_timm.ops.neighbor_conv'], 'multiplies_first', lambda *args: request.param)
+    monkeypatch.setattr(aggregation, 'multiplies_first', lambda *args: request.param)
 
 
 @pytest.fixture(params=[False, True], ids=['product', 'convolution'])
@@ -619,9 +620,8 @@ def test_neighbor_conv_gives_the_same_numbers_each_time(order, by_convolution):
     (50176, 50176, 64, 8, False),  # products that would not fit a chunk
 ])
 def test_multiplies_first_where_that_is_less_work(T, Q, C, O, first):
-    multiplies_first = sys.modules['convnn_timm.ops.neighbor_conv'].multiplies_first
     x, index, weight = (torch.empty(s, device='meta') for s in ((1, T, C), (1, Q, 8), (O, C, 8)))
-    assert multiplies_first(x, index, weight) == first
+    assert aggregation.multiplies_first(x, index, weight) == first
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

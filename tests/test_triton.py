@@ -37,10 +37,10 @@ def test_kernels_compile_for_a_gpu(monkeypatch, tmp_path, name, scored):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from convnn_timm.ops.triton import knn, neighbor_conv
+    from convnn_timm.ops.triton import aggregation, selection
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    kernel = knn._knn if name == 'knn' else getattr(neighbor_conv, name)
+    kernel = selection._knn if name == 'knn' else getattr(aggregation, name)
     types = {name: '*bf16' for name in ('x', 'matrix', 'bias', 'score', 'y', 'grad', 'grad_score')}
     types |= {'index': '*i64', 'exclude': '*i64', 'out': '*fp32', 'partial': '*fp32'}
     if name == 'knn':
@@ -91,7 +91,7 @@ class TestKernels:
     __test__ = RUN_HERE
 
     def check_knn(self, *args):
-        from convnn_timm.ops.triton.knn import knn
+        from convnn_timm.ops.triton.selection import knn
 
         (score, index), (expected_score, expected_index) = knn(*args), largest(*args)
         assert torch.equal(index, expected_index)
@@ -118,7 +118,7 @@ class TestKernels:
 
     def test_knn_gives_ties_to_the_lower_index(self):
         """All candidates equal, all dead, and equal but for the sign of zero."""
-        from convnn_timm.ops.triton.knn import knn
+        from convnn_timm.ops.triton.selection import knn
 
         tiny = torch.full((1, 40, 1), 1e-30, device=DEVICE)  # products underflow to 0 and -0
         sign = torch.tensor([1., -1.], device=DEVICE).repeat(20).view(1, 40, 1)
@@ -147,7 +147,7 @@ class TestKernels:
     @staticmethod
     def run_neighbor_conv(B, T, C, O, Q, K, groups, dtype, scored, biased):
         """Kernels and the definition in float64 on the same inputs: output, gradients to x, weight and score."""
-        from convnn_timm.ops.triton.neighbor_conv import neighbor_conv, neighbor_conv_backward
+        from convnn_timm.ops.triton.aggregation import neighbor_conv, neighbor_conv_backward
 
         x, weight = tokens(B, T, C).to(dtype), tokens(O, C // groups, K, seed=1).to(dtype)
         bias = tokens(O, seed=2).to(dtype) if biased else None
@@ -174,9 +174,9 @@ class TestKernels:
         (1, 1, 1, 1, 1, 1, 1),
     ])
     def test_neighbor_conv(self, monkeypatch, B, T, C, O, Q, K, groups, scored, dtype, tolerance):
-        from convnn_timm.ops.triton import neighbor_conv
+        from convnn_timm.ops.triton import aggregation
 
-        monkeypatch.setattr(neighbor_conv, 'QUERIES_PER_PARTIAL', 17)
+        monkeypatch.setattr(aggregation, 'QUERIES_PER_PARTIAL', 17)
         found, expected = self.run_neighbor_conv(B, T, C, O, Q, K, groups, dtype, scored, biased=scored)
         assert all(f.dtype == dtype for f in found)
         for f, e in zip(found, expected):
@@ -184,7 +184,7 @@ class TestKernels:
 
     @pytest.mark.parametrize('scored', [False, True], ids=['plain', 'scored'])
     def test_neighbor_conv_backward_returns_what_is_asked_for(self, deterministic, scored):
-        from convnn_timm.ops.triton.neighbor_conv import neighbor_conv_backward
+        from convnn_timm.ops.triton.aggregation import neighbor_conv_backward
 
         x, weight, grad = tokens(2, 6, 4), tokens(5, 4, 3), tokens(2, 7, 5, seed=1)
         index, score = torch.randint(6, (2, 7, 3)).to(DEVICE), tokens(2, 7, 3) if scored else None
@@ -197,12 +197,12 @@ class TestKernels:
 
     @pytest.mark.parametrize('groups', [1, 18])
     def test_neighbor_conv_backward_can_be_deterministic(self, monkeypatch, deterministic, groups):
-        from convnn_timm.ops.triton import neighbor_conv
+        from convnn_timm.ops.triton import aggregation
 
-        monkeypatch.setattr(neighbor_conv, 'ROW_GRADIENT_BYTES', 1)  # image by image
-        kernel, atomic = neighbor_conv._input_gradient, []
+        monkeypatch.setattr(aggregation, 'ROW_GRADIENT_BYTES', 1)  # image by image
+        kernel, atomic = aggregation._input_gradient, []
         monkeypatch.setattr(
-            neighbor_conv, '_input_gradient',
+            aggregation, '_input_gradient',
             lambda *args, **kwargs: (atomic.append(kwargs['atomic']), kernel(*args, **kwargs)))
         case = 2, 5, 18, 18, 19, 3, groups, torch.float32, True, True
         found, expected = self.run_neighbor_conv(*case)
@@ -213,7 +213,7 @@ class TestKernels:
         assert atomic and not any(atomic)  # the interpreter does one thing after the other: nothing else tells
 
     def test_neighbor_conv_takes_any_memory_layout(self):
-        from convnn_timm.ops.triton.neighbor_conv import neighbor_conv
+        from convnn_timm.ops.triton.aggregation import neighbor_conv
 
         x, index = tokens(2, 4, 10).mT, torch.randint(10, (1, 7, 3)).to(DEVICE).expand(2, -1, -1)
         weight, score = tokens(3, 4, 5).permute(2, 1, 0), tokens(2, 3, 7).mT
@@ -229,10 +229,10 @@ class TestKernels:
     @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
     def test_ops_reach_the_kernels(self, monkeypatch, metric):
         """With the path chosen the kernels run, and layers' values and gradients equal those of the definitions."""
-        from convnn_timm.ops.triton import knn, neighbor_conv
+        from convnn_timm.ops.triton import aggregation, selection
 
         ran = []
-        for module, name in (knn, 'knn'), (neighbor_conv, 'neighbor_conv'), (neighbor_conv, 'neighbor_conv_backward'):
+        for module, name in (selection, 'knn'), (aggregation, 'neighbor_conv'), (aggregation, 'neighbor_conv_backward'):
             kernel = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *args, kernel=kernel, name=name: ran.append(name) or kernel(*args))
 

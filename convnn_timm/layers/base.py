@@ -5,7 +5,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from convnn_timm.ops.knn import METRICS
+from convnn_timm.ops.selection import METRICS
 from .coordinates import append_coordinates
 from .inputs import on_batch
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle

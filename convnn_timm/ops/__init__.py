@@ -4,8 +4,9 @@
 `reference` holds the same functions as short definitions that every path here is tested against.
 """
 from . import reference
-from .knn import grid_neighbors, knn, knn_index
-from .neighbor_conv import neighbor_conv
+from .aggregation import neighbor_conv
+from .eager.grid import grid_neighbors
 from .paths import available_paths, use_path
+from .selection import knn, knn_index
 
 __all__ = ['available_paths', 'grid_neighbors', 'knn', 'knn_index', 'neighbor_conv', 'reference', 'use_path']

@@ -1,4 +1,4 @@
-"""What the ops have in common: chunks that keep temporary tensors within a budget, dtypes, which derivatives."""
+"""What the ops share: chunks that keep temporary tensors within a budget, dtypes, registration of derivatives."""
 import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
@@ -6,6 +6,8 @@ from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 import torch
 import torch.library
 from torch.autograd.forward_ad import unpack_dual
+
+from .reference import inverse_norm
 
 # Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache; for other devices each
 # step is dozens of launches, which small ones would only wait for.
@@ -47,6 +49,17 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return x + x.new_zeros(1, dtype=x.dtype)
     return x
+
+
+def has_direction(query: torch.Tensor) -> torch.Tensor:
+    """Which queries (..., 1) are long enough to have one; to the others all candidates are equally similar."""
+    return inverse_norm(query) != 0
+
+
+def flat_rows(index: torch.Tensor, T: int) -> torch.Tensor:
+    """Row numbers in the flattened (n * T, C) tokens of an (n, q, K) index."""
+    first = torch.arange(0, index.shape[0] * T, T, device=index.device)
+    return (index + first[:, None, None]).reshape(-1)
 
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -10,7 +10,7 @@ from typing import List, NamedTuple, Optional
 
 import torch
 
-from .products import convolutions_are_faster
+from .eager.products import convolutions_are_faster
 
 __all__ = [
     'OpPath', 'available_paths', 'can_run_triton_knn', 'can_run_triton_neighbor_conv', 'choose', 'interpreting',

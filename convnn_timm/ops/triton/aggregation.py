@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..neighbor_conv import _flat
+from .._common import flat_rows
 from . import INTERPRETED, block, configs, first_if_deterministic, on_device
 
 # A weight gradient is summed in slices of this many queries, as long as the partial sums stay within this many bytes.
@@ -89,7 +89,7 @@ def neighbor_conv_backward(
                 rows = grad_x.new_empty((index[b].numel(), x.shape[2]))
                 some = (None, None) if score is None else (score[b], grad_score[b])
                 _input_gradient(grad[b], x[b], index[b], matrix, *some, rows, groups, atomic=False)
-                grad_x[b].view(-1, x.shape[2]).index_add_(0, _flat(index[b], x.shape[1]), rows)
+                grad_x[b].view(-1, x.shape[2]).index_add_(0, flat_rows(index[b], x.shape[1]), rows)
         elif of_rows:
             _input_gradient(grad, x, index, matrix, score, grad_score, grad_x, groups, atomic=True)
         grad_weight = _weight_gradient(grad, x, index, score, groups) if of_weight else None

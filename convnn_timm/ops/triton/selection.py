@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._common import has_direction
 from . import block, configs, on_device
 
 LOWEST = tl.constexpr(-2 ** 63)
@@ -25,10 +26,11 @@ def knn(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query, all in float32.
 
-    Equal scores go to the lower index, NaN counts as the largest, the excluded candidate comes last.
+    Equal scores go to the lower index, NaN counts as the largest, the excluded candidate comes last. Without an offset
+    a query without direction scores 0.
 
     Args:
-        query: (B, Q, C) float32.
+        query: (B, Q, C), float32 or narrower.
         candidates: (B, M, C) float32.
         offset: (B, M) float32.
         exclude: (Q,) int64, -1 for none.
@@ -38,6 +40,8 @@ def knn(
         score (B, Q, k) float32 and index (B, Q, k) int64, largest first.
     """
     (B, Q, C), M = query.shape, candidates.shape[1]
+    query = query.to(candidates.dtype)
+    query = query * has_direction(query) if offset is None else query
     score = query.new_empty((B, Q, k))
     index = query.new_empty((B, Q, k), dtype=torch.int64)
     if index.numel():

@@ -1,4 +1,4 @@
-"""Aggregate over neighbours: a convolution whose window is an index, one weight matrix per neighbour rank.
+"""Aggregate over neighbours, in one of two orders.
 
 Gather first: the K rows of every query, then one product with the weights of all ranks. Or multiply first: every token
 with the weights of all ranks, then for every query the sum of K of these products; cheaper where there are fewer tokens
@@ -9,63 +9,12 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from ._common import (
-    batch_chunks, cast_under_autocast, chunk_bytes, differentiable, no_autocast, once_differentiable,
-    refuse_forward_mode, widen)
-from .paths import choose
+from .._common import batch_chunks, chunk_bytes, flat_rows, widen
 from .products import columns_by_columns, rows_by_columns, rows_by_rows
-
-__all__ = ['neighbor_conv']
 
 
 def neighbor_conv(
-        x: torch.Tensor,
-        index: torch.Tensor,
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-        score: Optional[torch.Tensor] = None,
-        groups: int = 1,
-) -> torch.Tensor:
-    """Convolve over neighbours: `y[t, o] = bias[o] + sum_r sum_c weight[o, c, r] * score[t, r] * x[index[t, r], c]`.
-
-    Definition: `ops.reference.neighbor_conv`. Under autocast it computes in the autocast dtype, like a convolution.
-
-    Args:
-        x: (B, T, C) tokens.
-        index: (B, Q, K) int64, the neighbours of every query in rank order, each in [0, T). (This is not checked.)
-        weight: (O, C / groups, K), one matrix per neighbour rank.
-        bias: (O,).
-        score: (B, Q, K), a factor for every neighbour.
-        groups: Blocks of channels that do not see each other, as in a convolution.
-
-    Returns:
-        (B, Q, O).
-
-    Raises:
-        ValueError: Shapes that do not fit.
-    """
-    O, group_channels, K = weight.shape
-    if x.ndim != 3 or index.ndim != 3 or x.shape[0] != index.shape[0]:
-        raise ValueError(
-            f'neighbor_conv takes x (B, T, C) and index (B, Q, K), not {tuple(x.shape)} and {tuple(index.shape)}')
-    if group_channels * groups != x.shape[2] or O % groups or K != index.shape[2]:
-        raise ValueError(
-            f'weight {tuple(weight.shape)} with {groups} groups does not fit x {tuple(x.shape)} and '
-            f'index {tuple(index.shape)}: it must be (O, C / groups, K) with O divisible by groups')
-    if score is not None and score.shape != index.shape:
-        raise ValueError(f'score {tuple(score.shape)} must have the shape of index, {tuple(index.shape)}')
-    refuse_forward_mode(x, weight, bias, score)
-    score = None if score is None else score.to(x.dtype)
-    if torch.onnx.is_in_onnx_export():  # standard operators
-        return reference.neighbor_conv(x, index, weight, bias, score, groups)
-    return _differentiable_conv(x, index, weight, bias, score, groups)
-
-
-@torch.library.custom_op('convnn_timm::neighbor_conv', mutates_args=())
-def _neighbor_conv(
         x: torch.Tensor,
         index: torch.Tensor,
         weight: torch.Tensor,
@@ -73,21 +22,26 @@ def _neighbor_conv(
         score: Optional[torch.Tensor],
         groups: int,
 ) -> torch.Tensor:
-    if choose('neighbor_conv', x, weight, groups) == 'triton':
-        from .triton.neighbor_conv import neighbor_conv as triton_neighbor_conv
-        return triton_neighbor_conv(x, index, weight, bias, score, groups)
+    """The operator `convnn_timm::neighbor_conv`, (B, Q, O)."""
     y = x.new_empty((*index.shape[:2], weight.shape[0]))
     forward = _multiply_and_sum if multiplies_first(x, index, weight) else _gather_and_multiply
     forward(y, x, index, weight, score, groups)
     return y if bias is None else y.add_(bias)
 
 
-@_neighbor_conv.register_fake
-def _(x, index, weight, bias, score, groups):
-    return x.new_empty((*index.shape[:2], weight.shape[0]))
-
-
-cast_under_autocast('neighbor_conv', torch.get_autocast_dtype)
+def neighbor_conv_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        score: Optional[torch.Tensor],
+        groups: int,
+        of_x: bool,
+        of_weight: bool,
+) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Gradients to x and weight, if asked for, and to score, if there is one."""
+    backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
+    return backward(grad, x, index, weight, score, groups, of_x, of_weight)
 
 
 def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -98,7 +52,7 @@ def multiplies_first(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor)
     (T, C), Q, (O, group_channels, _) = x.shape[1:], index.shape[1], weight.shape
     if x.dtype == torch.float16 or _bytes_of_products(x, index, weight) > chunk_bytes(x.device):
         return False
-    move = 6  # multiplications in the time of moving a number there and, in backward, back
+    move = 6  # Moving one number costs about as much as 6 multiplications (measured, forward and backward).
     return T * O * group_channels + (T + Q) * O * move < Q * O * group_channels + 2 * Q * C * move
 
 
@@ -122,7 +76,7 @@ def _gather_backward(grad, x, index, weight, score, groups, of_x, of_weight):
     for b, q, rows in _gather(x, index):
         g = grad[b, q].reshape(-1, O)
         s = None if score is None else score[b, q].reshape(-1, K, 1)
-        place, to_score = _flat(index[b, q], T).view(-1, K), []
+        place, to_score = flat_rows(index[b, q], T).view(-1, K), []
         starts = range(0, len(g), piece) if of_x or s is not None else ()
         for part in (slice(i, i + piece) for i in starts):
             grad_rows = _rows_gradient(g[part], matrix, K)
@@ -147,7 +101,7 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> Iterator[Tuple[slice, slice
     x = x.contiguous()
     buffer = None
     for b, q in batch_chunks(B, Q, K * C * x.element_size(), x.device):
-        rows = _flat(index[b, q], T)
+        rows = flat_rows(index[b, q], T)
         buffer = x.new_empty(len(rows), C) if buffer is None else buffer
         torch.index_select(x[b].view(-1, C), 0, rows, out=buffer[:len(rows)])
         yield b, q, buffer[:len(rows)].view(-1, K, C)
@@ -248,7 +202,7 @@ def _tokens_and_places(
 ) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
     """Chunks of images, their tokens (n * T, C), and which of these are the queries' neighbours, (n * Q, K)."""
     for b, _ in batch_chunks(x.shape[0], 1, _bytes_of_products(x, index, weight), x.device):
-        yield b, x[b].flatten(0, 1), _flat(index[b], x.shape[1]).view(-1, index.shape[2])
+        yield b, x[b].flatten(0, 1), flat_rows(index[b], x.shape[1]).view(-1, index.shape[2])
 
 
 def _bytes_of_products(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> int:
@@ -293,80 +247,3 @@ def _ranks_gradient(grad: torch.Tensor, tokens: torch.Tensor, groups: int) -> to
     grad = grad.unflatten(2, (groups, -1)).permute(2, 1, 3, 0).flatten(1, 2)
     tokens = tokens.unflatten(1, (groups, -1)).transpose(0, 1)
     return torch.bmm(grad, tokens).unflatten(1, (K, -1))
-
-
-# Both
-
-def _flat(index: torch.Tensor, T: int) -> torch.Tensor:
-    """Row numbers in the flattened (n * T, C) tokens of an (n, q, K) index."""
-    first = torch.arange(0, index.shape[0] * T, T, device=index.device)
-    return (index + first[:, None, None]).reshape(-1)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, index, weight, bias, score, ctx.groups = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, index, weight, score)
-
-
-def _backward(ctx, grad):
-    x, index, weight, score = ctx.saved_tensors
-    of_x, _, of_weight, of_bias, of_score, _ = ctx.needs_input_grad
-    grad_x = grad_weight = grad_score = None
-    if of_x or of_weight or of_score:
-        grad_x, grad_weight, grad_score = _first_backward(
-            grad, x, index, weight, score, ctx.groups, of_x, of_weight)
-    grad_bias = grad.sum((0, 1)).to(ctx.bias_dtype) if of_bias else None
-    return (
-        grad_x if of_x else None, None, grad_weight if of_weight else None, grad_bias,
-        grad_score if of_score else None, None)
-
-
-_differentiable_conv = differentiable(_neighbor_conv, _backward, _setup_context)
-
-
-@torch.library.custom_op('convnn_timm::neighbor_conv_backward', mutates_args=())
-def _neighbor_conv_backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        index: torch.Tensor,
-        weight: torch.Tensor,
-        score: Optional[torch.Tensor],
-        groups: int,
-        of_x: bool,
-        of_weight: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to x and weight, if asked for, and to score, if there is one; else empty.
-
-    Sums over neighbours and tokens are in float32.
-    """
-    if choose('neighbor_conv', x, weight, groups) == 'triton':
-        from .triton.neighbor_conv import neighbor_conv_backward as backward
-    else:
-        backward = _multiply_backward if multiplies_first(x, index, weight) else _gather_backward
-    with no_autocast(x):
-        grad_x, grad_weight, grad_score = backward(grad, x, index, weight, score, groups, of_x, of_weight)
-    none = (x.new_empty(0) for _ in range(3))  # each its own: an operator's results may not share memory
-    return (
-        next(none) if grad_x is None else grad_x.to(x.dtype),
-        # Rank by rank in memory, like a channels_last weight.
-        next(none) if grad_weight is None else grad_weight.contiguous().transpose(1, 2),
-        next(none) if grad_score is None else grad_score)
-
-
-@_neighbor_conv_backward.register_fake
-def _(grad, x, index, weight, score, groups, of_x, of_weight):
-    O, C, K = weight.shape
-    return (
-        x.new_empty(x.shape if of_x else 0),
-        weight.new_empty(O, K, C).transpose(1, 2) if of_weight else x.new_empty(0),
-        x.new_empty(0 if score is None else index.shape))
-
-
-_first_backward = once_differentiable(_neighbor_conv_backward)
-
-
-@register_flop_formula(torch.ops.convnn_timm.neighbor_conv)
-def _flops(x_shape, index_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    O, C, K = weight_shape
-    return 2 * index_shape[0] * index_shape[1] * O * C * K

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ._common import cpu_multiplies_full_float32
+from .._common import cpu_multiplies_full_float32
 
 __all__ = ['columns_by_columns', 'convolutions_are_faster', 'convolves', 'rows_by_columns', 'rows_by_rows']
 
@@ -55,7 +55,7 @@ def _as_pixels(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _as_matrix(pixels: torch.Tensor) -> torch.Tensor:
-    """The same back."""
+    """A channels_last map of M pixels, (1, K, M, 1), as (M, K)."""
     return pixels[0, :, :, 0].T
 
 

@@ -32,7 +32,7 @@ def topk_of_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tenso
 
 
 def topk_of_tied_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The same, whether there are ties or not: to ask would be to wait for a GPU."""
+    """Values and indices of `topk_of_rows`. Ties are always resolved: testing for them would synchronise a GPU."""
     index = _first_of_equals(score, *score.topk(k))
     return _in_order(score.gather(1, index), index)
 
@@ -166,7 +166,7 @@ def _odd_even_exchanges(length: int) -> Iterator[Tuple[int, int]]:
 
 
 def _bitonic_exchanges(length: int) -> Iterator[Tuple[int, int]]:
-    """The same that sort what rises and then falls, or falls and then rises."""
+    """Pairs of places to exchange that sort what rises and then falls, or falls and then rises."""
     step = length // 2
     while step:
         yield from ((i, i + step) for i in range(length) if not i & step)

@@ -1,0 +1,1 @@
+"""The ops in plain PyTorch, for any device and floating dtype."""
