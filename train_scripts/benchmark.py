@@ -31,7 +31,7 @@ from torch.autograd import DeviceType
 
 import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import ConvNN2d
-from convnn_timm.ops.paths import available_paths, use_path
+from convnn_timm.ops import available_paths, use_path
 from convnn_timm.train.run_folder import environment
 
 RESULTS = Path(__file__).parent / 'results' / 'benchmarks'

@@ -5,8 +5,8 @@
 """
 from . import reference
 from .aggregation import neighbor_conv
+from .dispatch import available_paths, use_path
 from .eager.grid import grid_neighbors
-from .paths import available_paths, use_path
 from .selection import knn, knn_index
 
 __all__ = ['available_paths', 'grid_neighbors', 'knn', 'knn_index', 'neighbor_conv', 'reference', 'use_path']

@@ -2,7 +2,6 @@
 
 Checks, operators, derivatives, shapes and costs. `eager` and `triton` hold the algorithms.
 """
-from types import ModuleType
 from typing import Optional, Tuple
 
 import torch
@@ -10,8 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from ._common import cast_under_autocast, differentiable, no_autocast, once_differentiable, refuse_forward_mode
-from .eager import aggregation as eager
-from .paths import choose
+from .dispatch import choose, implementation, resolve
 
 __all__ = ['neighbor_conv']
 
@@ -23,6 +21,7 @@ def neighbor_conv(
         bias: Optional[torch.Tensor] = None,
         score: Optional[torch.Tensor] = None,
         groups: int = 1,
+        backend: Optional[str] = None,
 ) -> torch.Tensor:
     """Convolve over neighbours: `y[t, o] = bias[o] + sum_r sum_c weight[o, c, r] * score[t, r] * x[index[t, r], c]`.
 
@@ -35,12 +34,14 @@ def neighbor_conv(
         bias: (O,).
         score: (B, Q, K), a factor for every neighbour.
         groups: Blocks of channels that do not see each other, as in a convolution.
+        backend: 'torch', 'triton', 'onnx' (standard operators only), or None for the default choice.
 
     Returns:
         (B, Q, O).
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit, or unknown backend.
+        RuntimeError: The backend that was asked for cannot run here, or not with these tensors.
     """
     O, group_channels, K = weight.shape
     if x.ndim != 3 or index.ndim != 3 or x.shape[0] != index.shape[0]:
@@ -54,16 +55,10 @@ def neighbor_conv(
         raise ValueError(f'score {tuple(score.shape)} must have the shape of index, {tuple(index.shape)}')
     refuse_forward_mode(x, weight, bias, score)
     score = None if score is None else score.to(x.dtype)
-    if torch.onnx.is_in_onnx_export():  # standard operators
+    backend = choose('neighbor_conv', backend, x)
+    if backend == 'onnx':
         return reference.neighbor_conv(x, index, weight, bias, score, groups)
-    return _differentiable_conv(x, index, weight, bias, score, groups)
-
-
-def _backend(x: torch.Tensor, weight: torch.Tensor, groups: int) -> ModuleType:
-    if choose('neighbor_conv', x, weight, groups) == 'triton':
-        from .triton import aggregation as triton
-        return triton
-    return eager
+    return _differentiable_conv(x, index, weight, bias, score, groups, backend)
 
 
 @torch.library.custom_op('convnn_timm::neighbor_conv', mutates_args=())
@@ -74,14 +69,14 @@ def _neighbor_conv(
         bias: Optional[torch.Tensor],
         score: Optional[torch.Tensor],
         groups: int,
+        backend: str = 'auto',
 ) -> torch.Tensor:
-    """The backends' common signature. Sums over neighbours are in float32."""
-    backend = _backend(x, weight, groups)
-    return backend.neighbor_conv(x, index, weight, bias, score, groups)
+    module = implementation('neighbor_conv', backend, x, weight, groups)
+    return module.neighbor_conv(x, index, weight, bias, score, groups)
 
 
 @_neighbor_conv.register_fake
-def _(x, index, weight, bias, score, groups):
+def _(x, index, weight, bias, score, groups, backend='auto'):
     return x.new_empty((*index.shape[:2], weight.shape[0]))
 
 
@@ -89,22 +84,23 @@ cast_under_autocast('neighbor_conv', torch.get_autocast_dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, index, weight, bias, score, ctx.groups = inputs
+    x, index, weight, bias, score, ctx.groups, backend = inputs
+    ctx.backend = resolve('neighbor_conv', backend, x)  # what forward has just run
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, index, weight, score)
 
 
 def _backward(ctx, grad):
     x, index, weight, score = ctx.saved_tensors
-    of_x, _, of_weight, of_bias, of_score, _ = ctx.needs_input_grad
+    of_x, _, of_weight, of_bias, of_score, *_ = ctx.needs_input_grad
     grad_x = grad_weight = grad_score = None
     if of_x or of_weight or of_score:
         grad_x, grad_weight, grad_score = _first_backward(
-            grad, x, index, weight, score, ctx.groups, of_x, of_weight)
+            grad, x, index, weight, score, ctx.groups, of_x, of_weight, ctx.backend)
     grad_bias = grad.sum((0, 1)).to(ctx.bias_dtype) if of_bias else None
     return (
         grad_x if of_x else None, None, grad_weight if of_weight else None, grad_bias,
-        grad_score if of_score else None, None)
+        grad_score if of_score else None, None, None)
 
 
 _differentiable_conv = differentiable(_neighbor_conv, _backward, _setup_context)
@@ -120,14 +116,15 @@ def _neighbor_conv_backward(
         groups: int,
         of_x: bool,
         of_weight: bool,
+        backend: str = 'auto',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to x and weight, if asked for, and to score, if there is one; else empty.
 
     Sums over neighbours and tokens are in float32.
     """
-    backend = _backend(x, weight, groups)
+    module = implementation('neighbor_conv', backend, x, weight, groups)
     with no_autocast(x):
-        grad_x, grad_weight, grad_score = backend.neighbor_conv_backward(
+        grad_x, grad_weight, grad_score = module.neighbor_conv_backward(
             grad, x, index, weight, score, groups, of_x, of_weight)
     none = (x.new_empty(0) for _ in range(3))  # each its own: an operator's results may not share memory
     return (
@@ -138,7 +135,7 @@ def _neighbor_conv_backward(
 
 
 @_neighbor_conv_backward.register_fake
-def _(grad, x, index, weight, score, groups, of_x, of_weight):
+def _(grad, x, index, weight, score, groups, of_x, of_weight, backend='auto'):
     O, C, K = weight.shape
     return (
         x.new_empty(x.shape if of_x else 0),

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._common import (
     cast_under_autocast, differentiable, no_autocast, once_differentiable, refuse_forward_mode, widen)
-from .eager import selection as eager
-from .paths import choose
+from .dispatch import choose, implementation
+from .eager.selection import knn_backward, knn_in_standard_operators
 from .reference import inverse_norm
 
 __all__ = ['METRICS', 'knn', 'knn_index']
@@ -26,6 +26,7 @@ def knn(
         k: int,
         metric: str = 'cosine',
         exclude: Optional[torch.Tensor] = None,
+        backend: Optional[str] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Select the k nearest candidates of every query, nearest first; equal scores go to the lower candidate index.
 
@@ -37,16 +38,19 @@ def knn(
         k: Number of neighbours, at most M.
         metric: 'cosine' (score is the cosine similarity) or 'euclidean' (score is the negative squared distance).
         exclude: (Q,) the candidate that a query must not select, or -1; it comes last if there are no others.
+        backend: 'torch', 'triton', 'onnx' (standard operators only), or None for the default choice.
 
     Returns:
         index (B, Q, k) int64 and score (B, Q, k); gradient flows through the score only.
 
     Raises:
-        ValueError: Unknown metric, shapes or dtypes that do not fit, or k outside [1, M].
+        ValueError: Unknown metric or backend, shapes or dtypes that do not fit, or k outside [1, M].
+        RuntimeError: The backend that was asked for cannot run here, or not with these tensors.
     """
     _check(query, candidates, k, metric, exclude)
+    backend = choose('knn', backend, candidates)
     with no_autocast(query):
-        score, index, measure = _rank(query, candidates, k, metric, exclude)
+        score, index, measure = _rank(query, candidates, k, metric, exclude, backend)
         if measure is None:
             return index, score * inverse_norm(widen(query))
         square, scale = measure
@@ -60,11 +64,13 @@ def knn_index(
         k: int,
         metric: str = 'cosine',
         exclude: Optional[torch.Tensor] = None,
+        backend: Optional[str] = None,
 ) -> torch.Tensor:
     """The indices (B, Q, k) of `knn` alone, for less: scores need every norm. Arguments and errors are its own."""
     _check(query, candidates, k, metric, exclude)
+    backend = choose('knn', backend, candidates)
     with no_autocast(query):  # detached, for torch.export cannot load a network with one no_grad inside another
-        return _rank(query.detach(), candidates.detach(), k, metric, exclude)[1]
+        return _rank(query.detach(), candidates.detach(), k, metric, exclude, backend)[1]
 
 
 def _check(
@@ -96,6 +102,7 @@ def _rank(
         k: int,
         metric: str,
         exclude: Optional[torch.Tensor],
+        backend: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Tuple[torch.Tensor, torch.Tensor]]]:
     """Scores and indices (B, Q, k), and by distance how they were measured: squared norms (B, Q), and scale (B, 1, 1).
 
@@ -103,17 +110,16 @@ def _rank(
     a summand. The score of a candidate that is infinitely far is the least finite number: only the excluded one's is
     -inf while they are ranked.
     """
-    select = eager.knn_in_standard_operators if torch.onnx.is_in_onnx_export() else _differentiable_knn
     candidates = widen(candidates)
     if metric == 'cosine':
-        return *select(query, candidates * inverse_norm(candidates), None, exclude, k), None
+        return *_select(query, candidates * inverse_norm(candidates), None, exclude, k, backend), None
     origin = _origin(candidates)
     query, candidates = widen(query) - origin, candidates - origin
     scale = _scale(query, candidates)
     query, query_square = _with_square(query * scale)
     candidates, square = _with_square(candidates * scale)
     offset = (-square).clamp_min(torch.finfo(square.dtype).min)
-    return *select(query, 2 * candidates, offset, exclude, k), (query_square, scale)
+    return *_select(query, 2 * candidates, offset, exclude, k, backend), (query_square, scale)
 
 
 def _origin(candidates: torch.Tensor) -> torch.Tensor:
@@ -160,20 +166,18 @@ def _knn(
         offset: Optional[torch.Tensor],
         exclude: Optional[torch.Tensor],
         k: int,
+        backend: str = 'auto',
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest `score[q, m] = query[q] . candidates[m] + offset[m]` of every query: score and index, (B, Q, k).
 
     Computed in the candidates' dtype, which may be wider. Without an offset a query without direction scores 0. The
     excluded candidate ranks as -inf: it comes last, for the scores of others are more.
     """
-    if choose('knn', candidates, k) == 'triton':
-        from .triton import selection as triton
-        return triton.knn(query, candidates, offset, exclude, k)
-    return eager.knn(query, candidates, offset, exclude, k)
+    return implementation('knn', backend, candidates, k).knn(query, candidates, offset, exclude, k)
 
 
 @_knn.register_fake
-def _(query, candidates, offset, exclude, k):
+def _(query, candidates, offset, exclude, k, backend='auto'):
     shape = (*query.shape[:2], k)
     return candidates.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
@@ -183,7 +187,7 @@ cast_under_autocast('knn', lambda device: torch.float32)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, candidates, offset, _, _ = inputs
+    query, candidates, offset, *_ = inputs
     ctx.has_offset = offset is not None
     ctx.save_for_backward(query, candidates, output[1])
 
@@ -191,10 +195,15 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     query, candidates, index = ctx.saved_tensors
     grad_query, grad_candidates, grad_offset = _first_backward(grad, query, candidates, index)
-    return grad_query, grad_candidates, grad_offset if ctx.has_offset else None, None, None
+    return grad_query, grad_candidates, grad_offset if ctx.has_offset else None, None, None, None
 
 
 _differentiable_knn = differentiable(_knn, _backward, _setup_context)
+
+
+def _select(*args) -> Tuple[torch.Tensor, torch.Tensor]:
+    *tensors_and_k, backend = args
+    return knn_in_standard_operators(*tensors_and_k) if backend == 'onnx' else _differentiable_knn(*args)
 
 
 @torch.library.custom_op('convnn_timm::knn_backward', mutates_args=())
@@ -205,7 +214,7 @@ def _knn_backward(
         index: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the k scores (B, Q, k) to query, candidates and offset."""
-    return eager.knn_backward(grad, query, candidates, index)
+    return knn_backward(grad, query, candidates, index)
 
 
 @_knn_backward.register_fake

@@ -1,4 +1,4 @@
-"""Fused kernels of the ops in Triton, with the signatures of the PyTorch paths; imported when `ops.paths` chooses them.
+"""Fused kernels of the ops in Triton, with the signatures of `ops.eager`; imported when `ops.dispatch` chooses them.
 
 State: correct in Triton's interpreter (`TRITON_INTERPRET=1`, on the CPU) and compiling for a GPU, but neither run nor
 timed on one. Block sizes and configurations are guesses until then, and the path is off unless somebody asks for it.
@@ -9,7 +9,7 @@ from typing import List
 import torch
 import triton
 
-from ..paths import interpreting
+from ..dispatch import interpreting
 
 # The interpreter is slow, and small blocks let small tests reach every border.
 INTERPRETED = interpreting()

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from convnn_timm import ops
-from convnn_timm.ops import paths, reference
+from convnn_timm.ops import dispatch, reference
 
 pytest.importorskip('triton', reason='triton is not installed')
 
-INTERPRETED = paths.interpreting()
+INTERPRETED = dispatch.interpreting()
 RUN_HERE = INTERPRETED or torch.cuda.is_available()
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 
@@ -140,8 +140,7 @@ class TestKernels:
 
     def test_knn_takes_the_excluded_candidate_last_where_squares_overflow(self):
         x, own = 1e20 * tokens(1, 20, 4), torch.arange(20, device=DEVICE)
-        with paths.use_path('triton'):
-            index = ops.knn(x, x, 20, 'euclidean', own)[0]
+        index = ops.knn(x, x, 20, 'euclidean', own, backend='triton')[0]
         assert torch.equal(index, reference.knn(x.double(), x.double(), 20, 'euclidean', own)[0])
 
     @staticmethod
@@ -228,7 +227,7 @@ class TestKernels:
 
     @pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
     def test_ops_reach_the_kernels(self, monkeypatch, metric):
-        """With the path chosen the kernels run, and layers' values and gradients equal those of the definitions."""
+        """With the path chosen around forward alone; values and gradients equal those of the definitions."""
         from convnn_timm.ops.triton import aggregation, selection
 
         ran = []
@@ -236,14 +235,15 @@ class TestKernels:
             kernel = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *args, kernel=kernel, name=name: ran.append(name) or kernel(*args))
 
-        def run(ops):
+        def run(module):
             x, weight = tokens(2, 20, 5).requires_grad_(), tokens(4, 5, 3, seed=1).requires_grad_()
-            index, score = ops.knn(x, x, 3, metric, torch.arange(20, device=DEVICE))
-            y = ops.neighbor_conv(x, index, weight, None, score)
-            y.backward(tokens(*y.shape, seed=2))
+            index, score = module.knn(x, x, 3, metric, torch.arange(20, device=DEVICE))
+            y = module.neighbor_conv(x, index, weight, None, score)
+            with ops.use_path(None):
+                y.backward(tokens(*y.shape, seed=2))
             return index, y.detach(), x.grad, weight.grad
 
-        with paths.use_path('triton'):
+        with ops.use_path('triton'):
             found = run(ops)
         assert ran == ['knn', 'neighbor_conv', 'neighbor_conv_backward']
         for f, e in zip(found, run(reference)):

@@ -1,27 +1,32 @@
-"""Which implementation of each op runs: 'torch' (the default) or 'triton', and in words why it could not.
+"""Which backend runs a call of an op, and in words why another cannot. Nothing else decides that.
 
-`use_path('triton')` or the environment variable CONVNN_TIMM_OPS=triton forces a path. The default stays 'torch'
-everywhere until the Triton kernels have been timed on a GPU.
+The public functions `choose` once per call; the name goes with the call, from the operator to its backward. Backends:
+- 'torch': plain PyTorch, the default everywhere until the Triton kernels have been timed on a GPU.
+- 'triton': by `use_path('triton')`, the environment variable CONVNN_TIMM_OPS=triton, or `backend='triton'` in a call.
+- 'onnx': standard operators only, for a network that is being exported to ONNX.
 """
 import os
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import List, NamedTuple, Optional
 
 import torch
 
+from .eager import aggregation, selection
 from .eager.products import convolutions_are_faster
 
 __all__ = [
-    'OpPath', 'available_paths', 'can_run_triton_knn', 'can_run_triton_neighbor_conv', 'choose', 'interpreting',
-    'use_path',
+    'OpPath', 'available_paths', 'can_run_triton_knn', 'can_run_triton_neighbor_conv', 'choose', 'implementation',
+    'interpreting', 'resolve', 'use_path',
 ]
 
 PATHS = ('torch', 'triton')
 MAX_TRITON_K = 64  # neighbours that one program keeps on chip
+EAGER = {'knn': selection, 'neighbor_conv': aggregation}
 
-# One choice for the process: backward runs in other threads and must see it.
-_wanted: Optional[str] = os.environ.get('CONVNN_TIMM_OPS') or None
+_wanted: Optional[str] = os.environ.get('CONVNN_TIMM_OPS') or None  # one choice for all threads of the process
 
 
 class OpPath(NamedTuple):
@@ -33,7 +38,7 @@ class OpPath(NamedTuple):
 
 
 class use_path:
-    """Choose the implementation of the ops: `use_path('triton')` from here on, `with use_path('triton'):` for a block.
+    """Choose the backend of the ops: `use_path('triton')` from here on, `with use_path('triton'):` for a block.
 
     Args:
         name: 'torch', 'triton', or None for the default choice.
@@ -59,22 +64,57 @@ class use_path:
         _wanted = self.previous
 
 
-def choose(op: str, *args) -> str:
-    """The path for one call of 'knn' or 'neighbor_conv'; args are those of its predicate. float64 is ranked by 'torch'.
+def choose(op: str, backend: Optional[str], tokens: torch.Tensor) -> str:
+    """The backend of one call of 'knn' or 'neighbor_conv'.
+
+    An exported program is given 'auto', which is resolved each time that it runs: it may have moved to another device,
+    or to a machine without Triton. A compiled function keeps the name, and is compiled again after `use_path`.
+
+    Args:
+        op: 'knn' or 'neighbor_conv'.
+        backend: What the caller asks for, or None for the default choice.
+        tokens: The candidates of 'knn', the tokens of 'neighbor_conv'.
 
     Raises:
-        RuntimeError: The path that was asked for cannot run with these tensors.
+        ValueError: Unknown name.
     """
+    if backend is not None:
+        if backend not in (*PATHS, 'onnx'):
+            raise ValueError(f'unknown backend {backend!r}, valid are {", ".join(PATHS)}, onnx')
+        return backend
+    if torch.onnx.is_in_onnx_export():
+        return 'onnx'
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return 'auto'
+    return resolve(op, 'auto', tokens)
+
+
+def resolve(op: str, backend: str, tokens: torch.Tensor) -> str:
+    """The name itself, or for 'auto' the process's choice now. Without `backend=` float64 is ranked by 'torch'."""
+    if backend != 'auto':
+        return backend
     _check_name(_wanted)
-    if _wanted != 'triton':
+    if _wanted == 'triton' and op == 'knn' and tokens.dtype == torch.float64:  # locations, in a network of any dtype
         return 'torch'
-    if op == 'knn' and args[0].dtype == torch.float64:  # so are locations, in a network of any dtype
-        return 'torch'
+    return _wanted or 'torch'
+
+
+def implementation(op: str, backend: str, *args) -> ModuleType:
+    """The module whose functions run one call. args are those of the op's predicate, `can_run_triton_...`.
+
+    Raises:
+        RuntimeError: The backend that was asked for cannot run with these tensors.
+    """
+    backend = resolve(op, backend, args[0])
+    _check_name(backend)
+    if backend == 'torch':
+        return EAGER[op]
     reason = {'knn': can_run_triton_knn, 'neighbor_conv': can_run_triton_neighbor_conv}[op](*args)
     if reason:
         raise RuntimeError(f"{op}: the path 'triton' was asked for but cannot run: {reason}. "
-                           f"convnn_timm.ops.use_path(None) returns to the default path")
-    return 'triton'
+                           f"convnn_timm.ops.use_path(None) returns to the default path, and so does a call without "
+                           f"backend='triton'")
+    return import_module({'knn': '.triton.selection', 'neighbor_conv': '.triton.aggregation'}[op], __package__)
 
 
 def can_run_triton_knn(candidates: torch.Tensor, k: int) -> Optional[str]:
