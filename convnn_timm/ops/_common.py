@@ -9,8 +9,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from .reference import inverse_norm
 
-# Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache; for other devices each
-# step is dozens of launches, which small ones would only wait for.
+# Bytes of temporary memory that one step of an op may take. A few MiB stay in a CPU's cache. On other devices a step is
+# dozens of kernel launches, which must have enough to do.
 CHUNK_BYTES = 8 * 2 ** 20
 DEVICE_CHUNK_BYTES = 128 * 2 ** 20
 
@@ -19,7 +19,7 @@ _float32_lock, _float32_users, _float32_before = threading.Lock(), 0, []
 
 
 def chunk_bytes(device: Optional[torch.device]) -> int:
-    """The budget of one step on a device, the CPU if it is None. (Nothing is computed on meta, which counts as one.)"""
+    """The budget of one step on a device; None and meta count as the CPU."""
     on_cpu = device is None or torch.device(device).type in ('cpu', 'meta')
     return CHUNK_BYTES if on_cpu else DEVICE_CHUNK_BYTES
 
@@ -41,8 +41,8 @@ def batch_chunks(
 def widen(x: torch.Tensor) -> torch.Tensor:
     """float32 for narrower floating dtypes, so that norms neither overflow nor lose ranks.
 
-    What is traced in float32 may be run under autocast, which then gives it less: an addition of its own dtype stays in
-    the graph and widens that too. (A cast would not: torch.export makes it an assertion.)
+    A graph that was traced in float32 may run under autocast and meet narrower tensors. Adding a zero of the traced
+    dtype stays in the graph and widens them. (torch.export would turn a cast into an assertion.)
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return x.float()
@@ -52,7 +52,7 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def has_direction(query: torch.Tensor) -> torch.Tensor:
-    """Which queries (..., 1) are long enough to have one; to the others all candidates are equally similar."""
+    """Which queries are long enough to have a direction, (..., 1). To others all candidates are equally similar."""
     return inverse_norm(query) != 0
 
 
@@ -65,15 +65,15 @@ def flat_rows(index: torch.Tensor, T: int) -> torch.Tensor:
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
     """Compute in the dtypes of the tensors themselves. (The meta device knows no autocast.)"""
     if x.device.type == 'meta' or not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()  # the other would stay in an exported network, which then fails under autocast
+        return nullcontext()  # the block below would stay in an exported network, which then fails under autocast
     return torch.autocast(x.device.type, enabled=False)
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply float32 matrices as such, where the program allows TF32 or bfloat16 too: ranks depend on every bit.
+    """Multiply float32 matrices in full, even if the program allows TF32 or bfloat16: ranks depend on every bit.
 
-    The setting is the process's: of the threads inside the first changes it, and the last one to leave restores it.
+    The setting belongs to the process: the first thread to enter changes it, and the last one to leave restores it.
     """
     global _float32_users, _float32_before
     backends = _matmul_backends()
@@ -97,7 +97,7 @@ def full_float32() -> Iterator[None]:
 
 
 def cpu_multiplies_full_float32() -> bool:
-    """Whether a CPU multiplies float32 as such now, in matrices and convolutions, not with fewer bits."""
+    """Whether a CPU multiplies float32 in full now, in matrices and convolutions."""
     backends = _matmul_backends()[-1:]
     if hasattr(torch.backends.mkldnn, 'conv'):
         backends.append(torch.backends.mkldnn.conv)
@@ -105,7 +105,7 @@ def cpu_multiplies_full_float32() -> bool:
 
 
 class _AllBackends:
-    """How torch before 2.9 multiplies float32 matrices, on any device, in the words of later ones."""
+    """The precision setting of torch before 2.9, which holds for any device, with the interface of later ones."""
 
     @property
     def fp32_precision(self) -> str:
@@ -117,7 +117,7 @@ class _AllBackends:
 
 
 def _matmul_backends() -> List[Any]:
-    """What has the settings, one for each type of device, the CPU's last."""
+    """The objects with a precision setting, one for each type of device, the CPU's last."""
     if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
         return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     return [_AllBackends()]

@@ -66,7 +66,10 @@ def knn_index(
         exclude: Optional[torch.Tensor] = None,
         backend: Optional[str] = None,
 ) -> torch.Tensor:
-    """The indices (B, Q, k) of `knn` alone, for less: scores need every norm. Arguments and errors are its own."""
+    """Select the indices (B, Q, k) of `knn` without its scores, which need every query's norm.
+
+    Arguments and errors are those of `knn`.
+    """
     _check(query, candidates, k, metric, exclude)
     backend = choose('knn', backend, candidates)
     with no_autocast(query):  # detached, for torch.export cannot load a network with one no_grad inside another
@@ -106,9 +109,8 @@ def _rank(
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[Tuple[torch.Tensor, torch.Tensor]]]:
     """Scores and indices (B, Q, k), and by distance how they were measured: squared norms (B, Q), and scale (B, 1, 1).
 
-    Of scores by cosine the inverse norm of each query is missing as a factor, of those by distance its squared norm as
-    a summand. The score of a candidate that is infinitely far is the least finite number: only the excluded one's is
-    -inf while they are ranked.
+    Cosine scores still lack the query's inverse norm as a factor, distances its squared norm as a summand. A candidate
+    that is infinitely far scores the least finite number, because -inf marks the excluded one.
     """
     candidates = widen(candidates)
     if metric == 'cosine':
@@ -123,22 +125,22 @@ def _rank(
 
 
 def _origin(candidates: torch.Tensor) -> torch.Tensor:
-    """A point (B, 1, C) amid the candidates (B, M, C), from which to measure: no distance between two depends on it.
+    """A point (B, 1, C) amid the candidates (B, M, C) to measure from; distances do not depend on it.
 
-    Features that lie far from 0 compared with their differences would lose these to rounding. Where they do not, it is
-    0, so that zeros stay zeros. Of nine candidates it takes the median, to which a few outliers mean nothing.
+    Features far from 0 compared with their differences would lose these to rounding. Elsewhere the point is 0, so that
+    zeros stay zeros. It is the median of nine candidates, which a few outliers do not move.
     """
     places = torch.arange(9, device=candidates.device) * (candidates.shape[1] - 1) // 8
     ordered = candidates.detach().index_select(1, places).sort(dim=1).values
     low, middle, high = ordered[:, 2:7:2].split(1, dim=1)
-    return torch.where(middle.abs() > high - low, middle, 0)  # never where one is not finite
+    return torch.where(middle.abs() > high - low, middle, 0)  # False where one is not finite
 
 
 def _scale(query: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """A factor (B, 1, 1) that keeps squares of both (B, N, C) from overflowing; 1 unless some would.
 
-    It is not so small that ordinary features vanish beside a huge one. What stays too long then has no finite distance
-    to others: its numbers are too coarse.
+    It is never so small that ordinary features vanish beside a huge one. Tokens that stay too long have no finite
+    distance to others: their numbers are too coarse.
     """
     longest = torch.cat([torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1) for x in (query, candidates)], dim=1)
     longest = torch.where(longest < torch.inf, longest, 0).amax(dim=1)
@@ -148,7 +150,7 @@ def _scale(query: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def _longest_square(x: torch.Tensor) -> float:
-    """The largest squared norm whose sums with other such numbers are finite."""
+    """The largest squared norm that can be added to others without overflow."""
     return torch.finfo(x.dtype).max / 8
 
 
@@ -182,7 +184,7 @@ def _(query, candidates, offset, exclude, k, backend='auto'):
     return candidates.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
-# Wherever autocast is on, be it around an exported network that was made without it.
+# Ranks need float32 under any autocast, also around an exported network that was traced without it.
 cast_under_autocast('knn', lambda device: torch.float32)
 
 

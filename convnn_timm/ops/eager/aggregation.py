@@ -182,9 +182,9 @@ def _multiply_backward(grad, x, index, weight, score, groups, of_x, of_weight):
 
 
 def _sum_by_place(rows: torch.Tensor, place: torch.Tensor, places: int, score: Optional[torch.Tensor]) -> torch.Tensor:
-    """(places, K, O): for each place and rank the sum of the rows (N, O) whose place of that rank, (N, K), it is.
+    """Sum the rows (N, O), times their score, at their place (N, K) of each rank: (places, K, O).
 
-    Sorted first, for that takes a third of the time of adding them where they belong, or less.
+    They are sorted by place first, which takes a third of the time of index_add_ or less.
     """
     K = place.shape[1]
     bins = torch.arange(places * K, dtype=torch.int32, device=rows.device)
@@ -206,7 +206,7 @@ def _tokens_and_places(
 
 
 def _bytes_of_products(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> int:
-    """What one image takes: its products and their float32 gradient, and the places that this is summed by."""
+    """Memory for one image: its products, their float32 gradient, and the places to sum it by."""
     T, (Q, K), O = x.shape[1], index.shape[1:], weight.shape[0]
     return K * (T * (O * (x.element_size() + 4) + 12) + Q * 32)
 

@@ -1,7 +1,7 @@
-"""Products of float32 matrices on a CPU, by oneDNN where torch's own way leaves half of the processor idle.
+"""Products of float32 matrices on a CPU, as 1x1 convolutions where these are faster.
 
-torch multiplies by MKL, which uses AVX-512 on Intel's processors only. oneDNN, which computes its convolutions, uses it
-on AMD's too: there a 1x1 convolution takes half the time of the matrix product that it is.
+torch multiplies matrices by MKL, which uses AVX-512 on Intel's processors only. oneDNN, which computes convolutions,
+uses it on AMD's too and takes half the time there.
 """
 import platform
 from functools import lru_cache
@@ -15,7 +15,7 @@ from .._common import cpu_multiplies_full_float32
 __all__ = ['columns_by_columns', 'convolutions_are_faster', 'convolves', 'rows_by_columns', 'rows_by_rows']
 
 LEAST_PRODUCT = 2 ** 24  # multiplications that make up for a convolution's overhead
-LEAST_ROWS = 512  # and rows that make up for arranging the gradient of its weight
+LEAST_ROWS = 512  # rows that make up for rearranging them for the gradient of a weight
 
 
 def rows_by_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

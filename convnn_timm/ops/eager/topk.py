@@ -1,7 +1,8 @@
 """The k largest of a row, in order and exactly: of equal values the first come first, and win the last place.
 
-torch.topk leaves equal values to chance. `topk_of_rows` mends that; `topk_of_columns` takes some two thirds of its
-time on a CPU where many choose from few values. NaN counts as the largest, as in torch.topk.
+torch.topk takes equal values in no particular order. `topk_of_rows` orders them afterwards. `topk_of_columns` sorts in
+about two thirds of its time, on a CPU where many queries choose from few candidates. NaN counts as the largest, as in
+torch.topk.
 """
 from math import ceil, isqrt
 from typing import Iterator, List, Tuple
@@ -14,7 +15,7 @@ __all__ = ['can_sort_columns', 'column_scratch', 'topk_of_columns', 'topk_of_row
 def topk_of_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Values and indices (N, k) of the k largest of each row, (N, M).
 
-    Ties show as equal neighbours among the k + 1 largest values; on a CPU only rows that have some are done again.
+    Ties show as equal neighbours among the k + 1 largest values. On a CPU only rows with ties are done again.
     """
     if score.device.type != 'cpu':
         return topk_of_tied_rows(score, k)
@@ -38,7 +39,7 @@ def topk_of_tied_rows(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.
 
 
 def _first_of_equals(score: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """torch.topk's indices (N, k) of rows (N, M), but of values that equal the last the first are taken."""
+    """torch.topk's indices (N, k) of rows (N, M); where values equal the k-th, the first of them are taken."""
     M, k, last = score.shape[1], value.shape[1], value[:, -1:]
     order = torch.arange(M, 0, -1, device=score.device, dtype=torch.float32)  # exact to 2^24 candidates
     first = torch.where(_equal(score, last), order, 0).topk(k).indices
@@ -49,18 +50,19 @@ def _first_of_equals(score: torch.Tensor, value: torch.Tensor, index: torch.Tens
 
 
 def _in_order(value: torch.Tensor, index: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Values with their indices, the largest first, and of equal values the first first."""
+    """Values with their indices, largest first; equal values by their index."""
     index, by_index = index.sort(dim=1)
     value, by_value = value.gather(1, by_index).sort(dim=1, descending=True, stable=True)
     return value, index.gather(1, by_value)
 
 
 def _topk(score: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """torch.topk, faster on a CPU: a long row is folded, and the k columns with the largest maxima hold its k largest,
-    unless these are among what the fold leaves over.
+    """torch.topk, faster on a CPU: of a long row, folded into columns, it searches those with the k largest maxima.
 
-    torch.topk goes once through rows of 64 k and more, slowly over shorter ones. So there may be 64 k maxima; of a row
-    that is short itself, as few as balance them (M / height) with what is searched in the end (height * k).
+    What the fold leaves over is searched with them.
+
+    torch.topk is fast on rows of 64 k and more, which take one pass, and slow on shorter ones. So a long row is folded
+    to 64 k maxima. A shorter row is folded to balance its maxima (M / height) with the final search (height * k).
     """
     M = score.shape[1]
     height = M // (64 * k) or isqrt(M // k)
@@ -81,7 +83,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 # Few values: a sorting network
 
-# So many columns make up for its many small steps, which take as long for a single one. (Measured: 800 to 2000.)
+# From so many columns on it is faster: its many small steps take as long for a single one. (Measured: 800 to 2000.)
 LEAST_COLUMNS = 1024
 
 
