@@ -10,7 +10,7 @@ from typing import (
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import UserError
+from .errors import UserError, printable
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -21,11 +21,6 @@ __all__ = [
 
 # Formats that Pillow recognises, but needs another program or library to decode.
 UNDECODED = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
-
-
-def printable(text: object) -> str:
-    """Text as a terminal can show it on one line: what would not print, such as a line break, is escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 
 class ImageError(UserError, ValueError):

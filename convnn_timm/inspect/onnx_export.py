@@ -1,15 +1,15 @@
-"""Export a network to ONNX, and compare onnxruntime's logits with PyTorch's on images."""
+"""Export a network to ONNX, and compare onnxruntime's logits with PyTorch's."""
 import logging
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Iterator, List, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
 
-__all__ = ['OPSET', 'TOLERANCE', 'compare_onnx', 'export_onnx', 'sensitivity']
+__all__ = ['OPSET', 'TOLERANCE', 'Comparison', 'check_onnx', 'compare_onnx', 'export_onnx', 'sensitivity']
 
-OPSET = 20  # of the standard operators, the version that torch's exporter writes on its own
+OPSET = 20  # version of the standard operators that torch's exporter writes by default
 IMAGES_AT_ONCE = 16  # where the file takes any number
 TOLERANCE = 1e-4  # largest difference of a logit that counts as agreement
 
@@ -26,7 +26,7 @@ def export_onnx(
 
     Args:
         model: A network on the CPU in evaluation mode, (batch, *input_size) -> (batch, classes).
-        path: The file, replaced if it is there, once the new one is complete.
+        path: The file. One that is there is replaced once the new one is complete.
         input_size: Channels, height and width of the images.
         batch: Number of images that the file takes at a time.
         dynamic_batch: Any number of images instead.
@@ -59,6 +59,33 @@ def export_onnx(
         partial.unlink(missing_ok=True)
 
 
+class Comparison(NamedTuple):
+    """onnxruntime beside PyTorch on one image."""
+    difference: float  # the largest of a logit
+    same_class: bool
+    moved: float = 0.  # how far PyTorch's own logits move, see `sensitivity`; measured where the two differ
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= TOLERANCE and self.same_class  # NaN does not
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the two differ on an image on which PyTorch differs from itself."""
+        return self.moved > TOLERANCE
+
+
+def check_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> List[Comparison]:
+    """Judge an exported file on images (N, *input_size)."""
+    comparisons = []
+    for image, *found in zip(images, *(values.tolist() for values in compare_onnx(model, path, images))):
+        comparison = Comparison(*found)
+        if not comparison.agrees:
+            comparison = Comparison(*found, sensitivity(model, image.unsqueeze(0)).item())
+        comparisons.append(comparison)
+    return comparisons
+
+
 def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Compare onnxruntime with PyTorch on images (N, *input_size).
 
@@ -85,8 +112,8 @@ def compare_onnx(model: nn.Module, path: Path, images: torch.Tensor) -> Tuple[to
 def sensitivity(model: nn.Module, images: torch.Tensor, step: float = 1e-6, repeats: int = 8) -> torch.Tensor:
     """How far a logit moves, (N,), if the pixels of images (N, *input_size) are changed at random by about `step`.
 
-    Which neighbours are nearest is no continuous function: where two are equally similar but for rounding, two programs
-    may take different ones, and their logits differ by more than rounding. Such an image moves here too.
+    The choice of the nearest neighbours is not continuous. Where two candidates differ by rounding alone, two programs
+    may choose differently, and their logits differ by more than rounding. Such an image moves here too.
     """
     generator = torch.Generator().manual_seed(0)
     logits, moved = model(images), images.new_zeros(len(images))
