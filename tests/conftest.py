@@ -27,3 +27,9 @@ def load_script():
         return module
 
     return load
+
+
+@pytest.fixture
+def onnx_packages():
+    for name in 'onnx', 'onnxscript', 'onnxruntime':
+        pytest.importorskip(name, reason=f"needs {name}: pip install 'convnn-timm[test]'")

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from timm.models import save_for_hf
 
-from convnn_timm.cli import commands as cli
+from convnn_timm import cli
 from convnn_timm.hub import publish as hub
 from convnn_timm.hub.card import Record, base_of, read_card, write_card
 from convnn_timm.models import _weights

@@ -7,7 +7,7 @@ import pytest
 import timm
 
 import convnn_timm.models  # noqa: F401
-from convnn_timm.cli.commands import build_parser
+from convnn_timm.cli.parser import build_parser
 from convnn_timm.layers import LAYER_TYPES, layer_arguments
 from convnn_timm.macs import count_macs
 from convnn_timm.train.engine import build_parser as build_train_parser

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convnn_timm.cli import commands as cli
-from convnn_timm import quickstart as qs
+from convnn_timm import cli, quickstart as qs
 from convnn_timm.models._weights import WeightsError
 
 

@@ -4,21 +4,13 @@
     draw_neighbors(view, captured, [(320, 200)]).savefig('neighbors.png')
     draw_stats(neighbor_stats(model, loader)).savefig('stats.png')
 
-What is drawn comes from `neighbors`, whose names are found here too. Points are (x, y) in pixels of the photograph.
+neighbors.py finds what is drawn. Points are (x, y) in pixels of the photograph.
 """
 from typing import TYPE_CHECKING, Dict, NamedTuple, Sequence, Tuple
 
 import torch
 
-from .neighbors import (
-    LayerNeighbors,
-    LayerStats,
-    capture_neighbors,
-    neighbor_layers,
-    neighbor_stats,
-    window_neighbors,
-    write_csv,
-)
+from .neighbors import LayerNeighbors, LayerStats, window_neighbors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = [
-    'LayerNeighbors', 'LayerStats', 'View', 'capture_neighbors', 'draw_neighbors', 'draw_stats', 'neighbor_layers',
-    'neighbor_stats', 'see', 'window_neighbors', 'write_csv',
-]
+__all__ = ['View', 'draw_neighbors', 'draw_stats', 'see']
 
 
 class View(NamedTuple):

@@ -186,9 +186,8 @@ def test_what_torch_export_saves_it_loads(kind, options, training):
 
 @pytest.mark.parametrize('kind, options, length, exported_at', [
     *((*case, 2, 2) for case in CHAIN), ('ConvNN2d', {}, 3, 1), ('BranchingAttention2d', {}, 3, 1)])
-def test_torchs_older_onnx_exporter_takes_any_batch(kind, options, length, exported_at):
+def test_torchs_older_onnx_exporter_takes_any_batch(kind, options, length, exported_at, onnx_packages):
     """The one that traces, which timm's onnx_export.py uses unless it is told otherwise."""
-    onnx_packages()
     import onnxruntime
 
     net, batch = chain(kind, options, length)
@@ -202,13 +201,7 @@ def test_torchs_older_onnx_exporter_takes_any_batch(kind, options, length, expor
         torch.testing.assert_close(torch.from_numpy(session.run(None, {'x': x.numpy()})[0]), net(x).detach())
 
 
-def onnx_packages():
-    for name in 'onnx', 'onnxscript', 'onnxruntime':
-        pytest.importorskip(name, reason=f"needs {name}: pip install 'convnn-timm[test]'")
-
-
 def agreement(model, path, size, dynamic):
-    onnx_packages()
     export_onnx(model, path, (3, size, size), batch=3, dynamic_batch=dynamic)
     images = photos(16, size)
     difference, same = compare_onnx(model, path, images)
@@ -218,7 +211,7 @@ def agreement(model, path, size, dynamic):
 
 @pytest.mark.parametrize('layer, dynamic', [
     ('convnn_branching', True), ('convnn_attn', False), pytest.param('convnn', True, marks=pytest.mark.slow)])
-def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path):
+def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path, onnx_packages):
     """To 1e-4: most, and all on which PyTorch agrees with itself after a change of a millionth."""
     model = two_blocks(layer)
     difference, images = agreement(model, tmp_path / 'model.onnx', 16, dynamic)
@@ -228,7 +221,7 @@ def test_onnx_agrees_on_photographs(layer, dynamic, tmp_path):
     assert compare_onnx(two_blocks(layer, K=5), tmp_path / 'model.onnx', images)[0].min() > TOLERANCE
 
 
-def test_many_images_are_compared_in_parts(tmp_path):
+def test_many_images_are_compared_in_parts(tmp_path, onnx_packages):
     model, sizes = two_blocks('conv2d'), []
     export_onnx(model, tmp_path / 'model.onnx', (3, 16, 16), dynamic_batch=True)
     model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
@@ -236,7 +229,7 @@ def test_many_images_are_compared_in_parts(tmp_path):
     assert same.all() and difference.shape == (40,) and difference.max() < TOLERANCE and max(sizes) <= 16
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_what_cannot_be_exported(tmp_path, onnx_packages):
     class Eigenvalues(nn.Module):
         def forward(self, x):
             return torch.linalg.eigvals(x)  # which ONNX has not
@@ -251,6 +244,6 @@ def test_what_cannot_be_exported(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('layer', LAYERS)
-def test_onnx_of_a_whole_network_agrees_on_photographs(layer, tmp_path):
+def test_onnx_of_a_whole_network_agrees_on_photographs(layer, tmp_path, onnx_packages):
     difference, _ = agreement(whole(layer), tmp_path / 'model.onnx', 32, True)
     assert difference.max() <= TOLERANCE
