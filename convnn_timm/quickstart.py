@@ -1,16 +1,15 @@
-"""The first thing to run: what a trained network sees in two pictures, then one trained on handwritten digits.
+"""The first thing to run: a trained network names two pictures, then another is trained on handwritten digits.
 
-The trained network knows ten classes. The packages that this one needs bring two pictures of them: the photograph of a
-cat and the outline of a horse. Where the network cannot be had, they are left out. The digits are real scans that come
-with scikit-learn (`load_digits`: 1,797 scans of 8x8, from 13 writers; the writers of the held-out scans are those of
-the training scans). It all lands in one folder:
+The pictures are a photograph of a cat and the outline of a horse, from packages that this one requires. The digits
+come with scikit-learn (`load_digits`): 1,797 real scans of 8x8 pixels from 13 writers, who wrote the training scans
+and the held-out ones alike. All results are in one folder:
 
-    photographs.png                               the two pictures with what the pretrained network takes them for
+    photographs.png                               the two pictures, and what the trained network takes them for
     digits/{train,validation}/<digit>/NNNN.png    the scans
     run/                                          the training run, its model in run/model/
-    predictions.png                               held-out scans with what the network read
+    predictions.png                               held-out scans, and what the new network read
 
-Run again, it goes on where it stopped: the scans stay, an interrupted training resumes, a finished one is only shown.
+A second call goes on where the first one stopped: an interrupted training resumes, a finished one is only shown.
 """
 import logging
 import os
@@ -30,8 +29,7 @@ __all__ = ['QuickstartError', 'quickstart']
 MODEL = 'resnet18_convnn_branching'
 GOAL = 95.0  # percent of the held-out scans
 DISK = 0.5e9  # bytes: a checkpoint with its optimizer is 151 MB, there are three at most, and the model
-# Pictures of classes that the network knows, by what they show, and where packages keep them.
-PHOTOGRAPHS = {
+PHOTOGRAPHS = {  # of classes that the network knows: what they show, and the packages that bring them
     'a cat': ('skimage', 'data/chelsea.png'),
     'the outline of a horse': ('skimage', 'data/horse.png'),
 }
@@ -41,25 +39,20 @@ NOTE = 'Made by `convnn-timm quickstart`. Nothing else depends on this folder: d
 class QuickstartError(UserError):
     """The quickstart cannot go on, or ended below its goal; the message says what to do."""
 
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
-
 
 class Guess(NamedTuple):
-    """A photograph, what it shows, the names that the network finds most probable, and the square that it looked at."""
+    """What the network takes a photograph for."""
     path: Path
-    title: str
-    answers: List[Tuple[str, float]]
-    seen: 'torch.Tensor'
+    title: str  # what it shows
+    answers: List[Tuple[str, float]]  # the most probable classes and their probabilities
+    seen: 'torch.Tensor'  # the square that the network looked at
 
 
 class Reading(NamedTuple):
-    """One scan, the digit it shows, and what the network read with which probability."""
+    """What the network read on a scan."""
     path: Path
     truth: str
     answer: str
-    probability: float
 
     @property
     def right(self) -> bool:
@@ -67,7 +60,7 @@ class Reading(NamedTuple):
 
 
 def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[str] = ()) -> float:
-    """Name two pictures; write the digits, train on them, load the trained model back, read held-out scans with it.
+    """Name the pictures, write the digits, train on them, load the trained model and read the held-out scans.
 
     Args:
         output: Folder to make, or one that an earlier call made.
@@ -80,8 +73,8 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
         QuickstartError: If `output` is in use for something else or its disk is full, or the share is below 95 %.
     """
     start = time.time()
-    # Read when PyTorch is loaded: its threads sleep instead of spinning while they wait for each other. Alone on the
-    # machine that changes little; beside other programs it is the difference between minutes and an hour.
+    # PyTorch reads this when it is loaded. Threads that wait for each other then sleep instead of spinning: beside other
+    # programs the training takes minutes, not an hour.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
     say('', f'All goes to {output}: up to {DISK / 1e9:g} GB on the disk. The training takes minutes on the CPU.')
@@ -139,19 +132,14 @@ def claim_folder(folder: Path) -> None:
     note.write_text(NOTE)
 
 
-def show_photographs(picture: Path, name: str = MODEL) -> None:
-    """Let pretrained weights name the pictures; says why if there are none, which is no reason to stop.
-
-    Args:
-        picture: File to draw them into.
-        name: Name of the model, for `timm.create_model`.
-    """
+def show_photographs(picture: Path) -> None:
+    """Let the published weights name the pictures, and draw both; without weights, say why and go on."""
     import timm
     import convnn_timm.models  # noqa: F401, registers the models
 
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # without network it reports each of its attempts
     try:
-        model = timm.create_model(name, pretrained=True).eval()
+        model = timm.create_model(MODEL, pretrained=True).eval()
     except RuntimeError as error:  # WeightsError, or timm's if there are none
         say('', f'Left out, no trained weights can be had: {" ".join(str(error).split())}')
         return
@@ -163,22 +151,20 @@ def show_photographs(picture: Path, name: str = MODEL) -> None:
     say('', f'The pictures, and what it saw of them: {picture}')
 
 
-def name_photographs(model: 'torch.nn.Module', topk: int = 3) -> List[Guess]:
+def name_photographs(model: 'torch.nn.Module') -> List[Guess]:
     """Classify those of the photographs whose package is installed."""
-    import torch
     from convnn_timm.images import preprocessing, read_image
+    from convnn_timm.inspect import classify
 
     transform, mode, _ = preprocessing(model)
     mean, std = (values[:, None, None] for values in (transform.transforms[-1].mean, transform.transforms[-1].std))
-    names, guesses = model.pretrained_cfg['label_names'], []
+    guesses = []
     for title, (package, file) in PHOTOGRAPHS.items():
         spec = find_spec(package)  # of a package that need not be imported
         if spec is None or not (path := Path(spec.origin).parent / file).is_file():
             continue
         pixels = transform(read_image(path, mode))
-        with torch.inference_mode():
-            probabilities, indices = model(pixels[None]).softmax(dim=-1)[0].topk(topk)
-        answers = [(names[index], p) for index, p in zip(indices, probabilities.tolist())]
+        answers, = classify(model, pixels[None], topk=3)
         guesses.append(Guess(path, title, answers, (pixels * std + mean).clip(0, 1)))
     return guesses
 
@@ -200,7 +186,7 @@ def draw_photographs(guesses: List[Guess], picture: Path) -> None:
 
 
 def write_digits(folder: Path) -> None:
-    """Write the scans as an image folder, the same 360 of them held out each time, 36 of each digit or nearly so."""
+    """Write the scans as an image folder. The same 360 are held out each time, about 36 of each digit."""
     if folder.exists():
         return
     import numpy as np
@@ -212,7 +198,7 @@ def write_digits(folder: Path) -> None:
     scans = range(len(digits.target))
     held_out = set(train_test_split(scans, test_size=360, stratify=digits.target, random_state=0)[1])
 
-    partial = folder.with_name(folder.name + '.partial')  # an interrupted call leaves no half-filled folder of digits
+    partial = folder.with_name(folder.name + '.partial')  # so that an interrupted call leaves no half-filled folder
     shutil.rmtree(partial, ignore_errors=True)
     for i, (scan, digit) in enumerate(zip(digits.images, digits.target)):
         image = Image.fromarray((scan * (255 / 16)).round().astype(np.uint8))  # values 0 .. 16, ink is bright
@@ -242,21 +228,15 @@ def read_digits(model_folder: Path, images: Path) -> List[Reading]:
     """Classify all scans of a folder with a saved model."""
     import timm
     import torch
-    from timm.data import ImageDataset
-    import convnn_timm.models  # noqa: F401, registers the models
-    from convnn_timm.images import preprocessing
+    from convnn_timm.images import preprocessing, read_image
+    from convnn_timm.inspect import classify
 
     model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
-    dataset = ImageDataset(str(images), transform=preprocessing(model)[0])
-    names = model.pretrained_cfg['label_names']
-
-    readings = []
-    with torch.inference_mode():
-        for pixels, targets in torch.utils.data.DataLoader(dataset, batch_size=60):
-            for target, (p, index) in zip(targets, zip(*model(pixels).softmax(dim=-1).max(dim=-1))):
-                path = images / dataset.filename(len(readings))
-                readings.append(Reading(path, names[target], names[index], p.item()))
-    return readings
+    transform, mode, _ = preprocessing(model)
+    files = sorted(images.rglob('*.png'))
+    pixels = torch.stack([transform(read_image(file, mode)) for file in files])
+    answers = [answer for part in pixels.split(60) for (answer, _), in classify(model, part, topk=1)]
+    return [Reading(file, file.parent.name, answer) for file, answer in zip(files, answers)]
 
 
 def draw(readings: List[Reading], picture: Path, rows: int = 6, columns: int = 10) -> None:

@@ -95,7 +95,7 @@ def test_interrupted_training_goes_on_later(tmp_path, monkeypatch):
 @pytest.mark.parametrize('wrong', [0, 1, 360])
 def test_picture(digits, tmp_path, wrong):
     paths = sorted((digits / 'validation').rglob('*.png'))
-    readings = [qs.Reading(p, p.parent.name, 'x' if i < wrong else p.parent.name, 0.9) for i, p in enumerate(paths)]
+    readings = [qs.Reading(p, p.parent.name, 'x' if i < wrong else p.parent.name) for i, p in enumerate(paths)]
     qs.draw(readings, tmp_path / 'sheet.png')
     sheet = np.array(Image.open(tmp_path / 'sheet.png').convert('RGB')).astype(int)
     assert sheet.shape[0] > 500 and sheet.shape[1] > 800
