@@ -73,8 +73,8 @@ def quickstart(output: Path = Path('convnn-quickstart'), train_args: Sequence[st
         QuickstartError: If `output` is in use for something else or its disk is full, or the share is below 95 %.
     """
     start = time.time()
-    # PyTorch reads this when it is loaded. Threads that wait for each other then sleep instead of spinning: beside other
-    # programs the training takes minutes, not an hour.
+    # PyTorch reads this when it is loaded. Threads that wait for each other then sleep instead of spinning. Beside
+    # other programs the training takes minutes, not an hour.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     data, run, picture = output / 'digits', output / 'run', output / 'predictions.png'
     say('', f'All goes to {output}: up to {DISK / 1e9:g} GB on the disk. The training takes minutes on the CPU.')

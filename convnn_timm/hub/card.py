@@ -266,7 +266,7 @@ class Card:
 
     @cached_property
     def dataset(self) -> Tuple[str, str, str]:
-        """Identifier on the Hub or '', name, and split evaluated on, as `export` was told, else as the run names them."""
+        """Identifier on the Hub or '', name, and evaluated split: as `export` was told, else as the run names them."""
         args, told = self.run.args, self.evaluation
         source, _, given = args['dataset'].partition('/')
         hub_id = given if source.lower() == 'hfds' and given.count('/') == 1 else ''
