@@ -1,16 +1,15 @@
-"""Brings the models into timm's registry, whoever imports what first, and runs scripts that know nothing of them.
+"""Registers the models with timm, in whatever order packages are imported, and runs scripts that do not know them.
 
-PyTorch calls `install` at the end of `import torch` (entry point in the group `torch.backends`); `import convnn_timm`
-calls it too. It imports nothing: it leaves a finder on `sys.meta_path` that imports `convnn_timm.models`, which
-registers the models, right after `timm.models` has been executed, and then goes away. `import convnn_timm` and
-`run_script` do the same where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps PyTorch from it.
+PyTorch calls `install` at the end of `import torch` (entry point in the group `torch.backends`), and so does
+`import convnn_timm`. It imports nothing but leaves a finder on `sys.meta_path`. As soon as `timm.models` has been
+executed, the finder imports `convnn_timm.models`, which registers the models, and goes away.
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` keeps PyTorch from calling; `import convnn_timm` and `run_script` still work.
 
 Who sees an error if the models cannot be registered:
 
 * `import torch` and `import timm` never fail: the finder turns whatever goes wrong into one warning.
 * `import convnn_timm` when timm is already there raises it, and so do `run_script` and `import convnn_timm.models`:
-  their caller asked for the models. (Python executes a package once: after the finder's warning `import convnn_timm`
-  has nothing left to do, `import convnn_timm.models` still raises.)
+  their caller asked for the models. After the finder's warning, only the last two do: Python executes a package once.
 """
 import functools
 import importlib
@@ -23,9 +22,9 @@ _TIMM_REQUIRED = (1, 0, 31)
 
 
 class _RegisterAfterTimm:
-    """Finder that hands out `timm.models` with a loader that registers the models when it has executed it.
+    """Finder whose loader of `timm.models` registers the models after it has executed that package.
 
-    (The models need the whole of `convnn_timm.layers`, so these must not import timm, which would bring the models.)
+    The models need all of `convnn_timm.layers`. So the layers must not import timm, which would import the models.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -51,7 +50,7 @@ _finder = _RegisterAfterTimm()
 
 
 def install() -> None:
-    """Makes the models known to timm as soon as timm is there. Imports nothing before that, never raises."""
+    """Registers the models as soon as timm has been imported. Imports nothing before that, and never raises."""
     if 'timm.models' in sys.modules:
         _register_or_warn()
     elif _finder not in sys.meta_path:

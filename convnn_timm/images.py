@@ -27,7 +27,7 @@ class ImageError(UserError, ValueError):
     """A file that cannot be read as an image; the message names it."""
 
     def __init__(self, message: str):
-        # A DataLoader raises its worker's error anew, with the worker's traceback as the message: its last line counts.
+        # A DataLoader raises its worker's error again with the traceback as the message. The last line is ours.
         super().__init__(printable(message.rpartition(f'{ImageError.__qualname__}: ')[2].strip()))
 
 
@@ -103,10 +103,10 @@ def walk(folder: Path) -> Iterator[Tuple[Path, List[str]]]:
 
 
 def image_mode(channels: int) -> str:
-    """Pillow's name for images of so many channels.
+    """Pillow's mode for images of so many channels.
 
     Raises:
-        ImageError: There is none.
+        ImageError: Image files have none for it.
     """
     if channels not in (1, 3):
         raise ImageError(f'the model takes {channels} channels: image files have 1 (grey) or 3')
@@ -114,7 +114,11 @@ def image_mode(channels: int) -> str:
 
 
 def preprocessing(model: 'nn.Module', img_size: Optional[int] = None) -> Tuple[Callable, str, Tuple[int, int, int]]:
-    """What images go through before a model, Pillow's mode of them, and the size (C, H, W) that they come out in."""
+    """How images become a model's input.
+
+    Returns:
+        timm's transform for evaluation, Pillow's mode for the images, and the size (C, H, W) of the input.
+    """
     from timm.data import create_transform, resolve_data_config
 
     config = resolve_data_config({}, model=model)
@@ -130,10 +134,10 @@ def sample_photographs(mode: str = 'RGB') -> Dict[str, Image.Image]:
 
 
 def read_image(file: Union[str, Path, IO[bytes]], mode: str = 'RGB') -> Image.Image:
-    """Read an image file in a mode of Pillow's, upright as its EXIF orientation says; 16 bits are scaled to 8.
+    """Read an image file in a mode of Pillow's, turned upright by its EXIF orientation; 16 bits are scaled to 8.
 
     Raises:
-        ImageError: No file, no image, a damaged one, or one of numbers whose range the file does not say.
+        ImageError: There is no file, or no image in it, or it is damaged, or its pixels have an unknown range.
     """
     path = file if isinstance(file, (str, Path)) else getattr(file, 'name', file)
     try:

@@ -13,16 +13,15 @@ __all__ = ['count_macs', 'count_parameters', 'evaluation_mode', 'fvcore_handles'
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the numbers in a model's parameters, trained or frozen; buffers are none."""
+    """Count the elements of a model's parameters, trained or frozen. Buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32)) -> int:
     """Count the multiply-accumulates of one image's forward pass in evaluation mode.
 
-    Convolutions and matrix products count, and the operators of this package by the formulas that they register;
-    normalization, activations and pooling do not, nor what a layer finds once for all images, such as neighbours by
-    location. Works on a model on the meta device too.
+    Convolutions, matrix products and this package's operators count. Normalization, activations and pooling do not, nor
+    what a layer computes once for all images, such as neighbours by location. The model may be on the meta device.
 
     Args:
         model: Any model for images; its training mode is left as it was.
@@ -34,7 +33,7 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
     parameter = next(model.parameters(), torch.zeros(()))
     image = torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device)
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # whose operator is not counted; nor, by torch 2.14, fused attention
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator is not counted, nor is fused attention by torch 2.14
     try:
         with torch.no_grad(), evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):
             model(image)
@@ -46,13 +45,9 @@ def count_macs(model: nn.Module, input_size: Tuple[int, int, int] = (3, 32, 32))
 
 
 def fvcore_handles() -> Dict[str, Callable]:
-    """Teach fvcore what ConvNN's operators cost, for it counts those that it does not know as nothing.
+    """Functions that count this package's operators for fvcore, by operator; fvcore takes unknown ones for free.
 
-    `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())` counts them, as all else, in
-    multiply-accumulates.
-
-    Returns:
-        What counts each operator, by its name.
+    `FlopCountAnalysis(model, images).set_op_handle(**fvcore_handles())` counts multiply-accumulates, as fvcore does.
     """
     def counter(op: torch._ops.OpOverloadPacket) -> Callable:
         def count(inputs, outputs) -> int:

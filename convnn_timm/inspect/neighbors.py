@@ -1,7 +1,7 @@
-"""Which neighbours the ConvNN layers of a network choose: noted for some images, measured over many.
+"""Which neighbours the ConvNN layers of a network choose: captured for some images, measured over many.
 
-Positions are (row, column) on the map that a layer receives (after its pixel-unshuffle, if it has one); what lies
-outside the map is padding. `visualize` draws all this.
+Positions are (row, column) on the map that a layer receives, after its pixel-unshuffle if it has one. What lies
+outside the map is padding.
 """
 import csv
 import re
@@ -22,9 +22,9 @@ __all__ = [
 
 
 class LayerNeighbors(NamedTuple):
-    """The neighbours that one layer chose in a batch of images, for Q positions K each."""
-    index: torch.Tensor  # (B, Q, K, 2) row and column of each neighbour, in order of rank
-    query: torch.Tensor  # (Q, 2) of the position that chose it
+    """The K neighbours that one layer chose for each of Q positions, in a batch of images."""
+    index: torch.Tensor  # (B, Q, K, 2), row and column of each neighbour, in order of rank
+    query: torch.Tensor  # (Q, 2), row and column of each position
     size: Tuple[int, int]  # rows and columns of the map
     stride: int  # between positions that choose
     padding: int  # around the map
@@ -33,12 +33,12 @@ class LayerNeighbors(NamedTuple):
 
     @property
     def in_padding(self) -> torch.Tensor:
-        """(B, Q, K), which neighbours are padding."""
+        """Which neighbours are padding, (B, Q, K)."""
         return ((self.index < 0) | (self.index >= torch.tensor(self.size))).any(dim=-1)
 
 
 def neighbor_layers(model: nn.Module) -> Dict[str, NeighborLayer]:
-    """The layers of a network that choose neighbours in images, by name; a branching layer's is called like the whole.
+    """The layers of a network that choose neighbours in images, by name; for a branching layer, the name of the whole.
 
     Raises:
         ValueError: There are none.
@@ -57,7 +57,7 @@ def capture_neighbors(
         images: torch.Tensor,
         layers: Optional[Sequence[str]] = None,
 ) -> Dict[str, LayerNeighbors]:
-    """Run a network in evaluation and note which neighbours its layers choose. The network stays as it was.
+    """Run a network in evaluation mode and note which neighbours its layers choose. The network stays as it was.
 
     Args:
         model: A network, in any mode, on any device.
@@ -101,13 +101,13 @@ def capture_neighbors(
 
 
 def window_neighbors(neighbors: LayerNeighbors) -> LayerNeighbors:
-    """The same for the convolution in the layer's place: index is the window around each position, (1, Q, k * k, 2)."""
+    """The neighbours of a convolution in the layer's place: its window around each position, (1, Q, k * k, 2)."""
     side = neighbors.dilation * (torch.arange(neighbors.window) - neighbors.window // 2)
     return neighbors._replace(index=neighbors.query.unsqueeze(1).add(torch.cartesian_prod(side, side)).unsqueeze(0))
 
 
 def _window(model: nn.Module, name: str, layer: NeighborLayer) -> int:
-    """Kernel side of the convolution beside a layer, or where there is none of the smallest one that takes K tokens."""
+    """Side of the convolution that a layer stands for: the one beside it, else the smallest that covers K tokens."""
     beside = getattr(model.get_submodule(name), 'branch2', None)
     return beside.kernel_size[0] if beside is not None else next(k for k in range(1, 2 ** 16, 2) if k * k >= layer.K)
 
@@ -124,7 +124,7 @@ def _neighbors_of(layer: NeighborLayer, x: torch.Tensor, window: int) -> LayerNe
 
 
 def _unaligned(neighbors: LayerNeighbors, aligned: Aligned, size: Tuple[int, int]) -> LayerNeighbors:
-    """The same on the map of that size before `aligned` padded it, without the outputs that it cuts off."""
+    """Positions on the map of that size, before `aligned` padded it, without the outputs that it cuts off."""
     front, behind, first, kept = (
         torch.tensor(values) for values in zip(*(aligned.align(n, axis) for axis, n in enumerate(size))))
     output = neighbors.query // neighbors.stride
@@ -137,18 +137,18 @@ def _unaligned(neighbors: LayerNeighbors, aligned: Aligned, size: Tuple[int, int
 class LayerStats(NamedTuple):
     """Where a layer looks, averaged over images.
 
-    It works between the convolution it stands for (`window_*`) and attention, for which every token of the map (in
-    steps of its dilation) is as near (`uniform_*`). A position's neighbours are counted without itself and, except in
-    `padding`, without padding.
+    `window_*` are the values of the convolution that it stands for. `uniform_*` are those of attention, which takes
+    every token of the map (in steps of the layer's dilation) alike. A position is not counted as its own neighbour, nor
+    is padding, except in `padding`.
     """
     layer: str
-    height: int  # of its map
+    height: int  # of the map
     width: int
     stride: int
     K: int
-    window: int  # side
+    window: int  # side of the convolution
     images: int
-    distance: float  # mean, in tokens of its map
+    distance: float  # mean, in tokens
     window_distance: float
     uniform_distance: float
     inside: float  # share of the neighbours that lie in the window
@@ -165,7 +165,7 @@ def neighbor_stats(model: nn.Module, batches: Union[torch.Tensor, Iterable]) -> 
 
     Args:
         model: A network.
-        batches: Its input (B, C, H, W), or a loader of such, with or without targets. All images of one size.
+        batches: Its input (B, C, H, W), or a loader of batches, with or without targets. All images have one size.
 
     Raises:
         ValueError: The network has no ConvNN layers, or there are no images.
@@ -192,7 +192,7 @@ def neighbor_stats(model: nn.Module, batches: Union[torch.Tensor, Iterable]) -> 
 
 
 def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
-    """For each image of the batch, (B,); NaN where no position has another neighbour."""
+    """Fields of `LayerStats` for each image, (B,); NaN where no position has a neighbour that counts."""
     offset = neighbors.index - neighbors.query.unsqueeze(1)
     others = (offset != 0).any(dim=-1)
     counted = others & ~neighbors.in_padding
@@ -213,14 +213,14 @@ def _measure(neighbors: LayerNeighbors) -> Dict[str, torch.Tensor]:
 
 
 def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
-    """The same of all other tokens, from how often each step along rows and columns occurs."""
+    """Distance and share inside the window of all other tokens, from how often each step along an axis occurs."""
     rows, columns = (
         query.unique().unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount()
         for query, n in zip(neighbors.query.T, neighbors.size))
     for steps in rows, columns:
         steps[torch.arange(len(steps)) % neighbors.dilation != 0] = 0
     often = rows.unsqueeze(1) * columns.double()
-    often[0, 0] = 0  # itself
+    often[0, 0] = 0  # the position itself
     length = torch.cartesian_prod(*(torch.arange(len(steps)).double() for steps in (rows, columns))).norm(dim=-1)
     reach = neighbors.dilation * (neighbors.window // 2) + 1
     return dict(
@@ -229,7 +229,7 @@ def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
 
 
 def write_csv(stats: Sequence[LayerStats], path: Path) -> None:
-    """Write a line for each layer; the columns are the fields of `LayerStats`."""
+    """Write one line for each layer. The columns are the fields of `LayerStats`."""
     with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(LayerStats._fields)

@@ -22,7 +22,7 @@ __all__ = ['View', 'draw_neighbors', 'draw_stats', 'see']
 
 
 class View(NamedTuple):
-    """A photograph as a network gets it, resized and cropped: place in image = scale * place in photo + shift."""
+    """A photograph as a network gets it, resized and cropped: image position = scale * photo position + shift."""
     photo: 'Image.Image'
     image: 'Image.Image'
     pixels: torch.Tensor  # (C, H, W), normalised: the network's input
@@ -73,7 +73,7 @@ def see(photo: 'Image.Image', transform) -> View:
 
 
 def _centred(old: int, new: int) -> int:
-    """By how much a side's pixels move when it is padded or cropped around its centre, rounded as torchvision does."""
+    """How far pixels move when a side is padded or cropped around its centre, rounded as torchvision does."""
     return (new - old) // 2 if new > old else -round((old - new) / 2)
 
 
@@ -83,9 +83,9 @@ def draw_neighbors(
         points: Sequence[Tuple[float, float]],
         sample: int = 0,
 ) -> 'Figure':
-    """Draw which neighbours the positions under some points have, a cell for each token of a layer's map.
+    """Draw the neighbours of the positions under some points, as cells of each layer's map.
 
-    Of one layer, the window of the convolution that it stands for is drawn beside; of several, only its outline.
+    Beside a single layer stands the window of its convolution; each of several layers has the window's outline only.
 
     Args:
         view: The photograph, see `see`.
@@ -94,7 +94,7 @@ def draw_neighbors(
         sample: Which image of the captured batch this is.
 
     Raises:
-        ValueError: A point is outside of what the network sees.
+        ValueError: The network does not see a point.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -152,13 +152,13 @@ def _draw_panel(
         at: Sequence[float],
         colors: 'ScalarMappable',
 ) -> None:
-    """Draw the neighbours of one position (x, y), as shares of the image's sides, and padding around the image."""
+    """Draw the neighbours of the position `at`, (x, y) as shares of the image's sides, with the padding around."""
     from matplotlib.patches import Rectangle
 
     (height, width), stride = neighbors.size, neighbors.stride
     reach = neighbors.dilation * (neighbors.window // 2)  # of the convolution's window
     position = torch.tensor([int(v * n) for v, n in zip(reversed(at), (height, width))])
-    query = int((neighbors.query - position).square().sum(dim=-1).argmin())  # the nearest that has neighbours
+    query = int((neighbors.query - position).square().sum(dim=-1).argmin())  # the nearest position that has neighbours
     row, column = neighbors.query[query].tolist()
     margin = max(neighbors.padding, reach)
     frame = (-0.5, width - 0.5, height - 0.5, -0.5)
