@@ -214,105 +214,71 @@ def test_loc_trains_after_an_inference(searches):
     assert fake.shape == (2, 4, 9, 9) and torch.isfinite(layer(image(2, 3, 9, 9, dtype=torch.float32))).all()
 
 
-# Dilation: each lattice of positions is a map of its own
+# Dilation
 
-def neighbors_on_each_lattice(layer, x, **args):
-    """The definition: the same layer without dilation, on every dilation-th position of the padded map."""
-    d, p, padded = layer.dilation, layer.padding, nn.functional.pad(x, (layer.padding,) * (2 * layer.axes))
-    twin = type(layer)(layer.in_channels, 1, K=layer.K, padding=0, **args).eval()
-    position = torch.arange(padded[0, 0].numel()).view(padded.shape[2:])
-    index = position.new_zeros(len(x), *position.shape, layer.K)
+def nearest_in_steps(layer, x):
+    """The definition: the layer without dilation, on every dilation-th position of the padded map."""
+    d, p = layer.dilation, layer.padding
+    twin = type(layer)(layer.in_channels, 1, K=layer.K, padding=0, **LOC)
+    position = torch.arange(nn.functional.pad(x, (p,) * (2 * layer.axes))[0, 0].numel())
+    position = position.view([n + 2 * p for n in x.shape[2:]])
+    index = position.new_zeros(*position.shape, layer.K)
     for phase in itertools.product(range(d), repeat=layer.axes):
-        lattice = tuple(slice(first, None, d) for first in phase)
-        part = padded[(..., *lattice)]
-        if part[0, 0].numel() >= layer.K:
-            found = position[lattice].flatten()[twin.neighbors(part)]
-            index[(slice(None), *lattice)] = found.view(len(x), *part.shape[2:], -1)
+        grid = position[tuple(slice(first, None, d) for first in phase)]
+        if grid.numel() >= layer.K:
+            found = twin.neighbors(x.new_zeros(1, layer.in_channels, *grid.shape))[0]
+            index.view(-1, layer.K)[grid.flatten()] = grid.flatten()[found]
     inner = tuple(slice(p, p + n, layer.stride) for n in x.shape[2:])
-    return index[(slice(None), *inner)].reshape(len(x), -1, layer.K)
-
-
-def whole_numbers(*shape):
-    """An image whose distances and cosines are exact, with many ties."""
-    one_hot = nn.functional.one_hot(torch.arange(torch.Size(shape[2:]).numel()) % shape[1]).T.reshape(shape[1:])
-    return image(*shape).round() * one_hot
+    return index[inner].reshape(-1, layer.K).expand(len(x), -1, -1)
 
 
 @pytest.mark.parametrize('layer_type, size', [
     (ConvNN2d, (8, 8)), (ConvNN2d, (5, 9)), (ConvNN2d, (12, 7)), (ConvNN2d, (3, 10)), (ConvNN1d, (17,))])
 @pytest.mark.parametrize('dilation, stride, padding', [
     (2, 1, 0), (2, 1, 1), (2, 1, 3), (2, 2, 1), (2, 3, 2), (3, 1, 2), (3, 2, 4), (4, 6, 4)])
-@pytest.mark.parametrize('args', [
-    dict(), dict(magnitude_type='euclidean'), LOC, dict(sampling_type='random', num_samples=5),
-    dict(sampling_type='random', num_samples=12, **LOC)])
-def test_dilation_is_the_layer_on_each_lattice(layer_type, size, dilation, stride, padding, args):
-    options = dict(padding=padding, dilation=dilation, stride=stride, dtype=torch.float64)
-    layer = layer_type(3, 4, K=5, **options, **args).eval()
-    x = whole_numbers(2, 3, *size)
+@pytest.mark.parametrize('K', [4, 5])
+def test_dilated_loc_chooses_the_nearest_in_steps_of_the_dilation(layer_type, size, dilation, stride, padding, K):
+    layer = layer_type(3, 4, K=K, padding=padding, dilation=dilation, stride=stride, dtype=torch.float64, **LOC)
+    x = image(2, 3, *size)
     index = layer.neighbors(x)
-    assert torch.equal(index, neighbors_on_each_lattice(layer, x, **args))
+    assert torch.equal(index, nearest_in_steps(layer, x))
     tokens = nn.functional.pad(x, (padding,) * (2 * len(size))).flatten(2).mT
     y = reference.neighbor_conv(tokens, index, layer.weight.flatten(2), layer.bias)
     torch.testing.assert_close(layer(x).flatten(2), y.mT, rtol=1e-12, atol=1e-12)
 
 
-def test_dilation_of_loc_col_compares_what_the_whole_map_does():
-    layer = ConvNN2d(3, 4, K=4, similarity_type='Loc_Col', dilation=2, padding=0)
-    x = image(2, 3, 8, 8)
-    features, place = layer.similarity_features(x), torch.arange(64).view(8, 8)
-    index = layer.neighbors(x).view(2, 8, 8, 4)
-    for a, b in itertools.product(range(2), repeat=2):
-        tokens = features[..., a::2, b::2].flatten(2).mT
-        found, _ = reference.knn(tokens, tokens, 3, exclude=torch.arange(16))
-        expected = place[a::2, b::2].flatten()[found].view(2, 4, 4, 3)
-        assert torch.equal(index[:, a::2, b::2, 1:], expected)
-
-
-def test_dilated_spatial_sampling_takes_a_grid_of_the_interior_of_each_lattice():
-    layer = ConvNN2d(3, 4, K=4, padding=1, dilation=2, sampling_type='spatial', num_samples=3)
-    chosen = layer.neighbors(image(4, 3, 9, 9)).view(4, 9, 9, 4)[..., 1:]
-    for row, column in itertools.product(range(2), repeat=2):
-        rows, columns = [(0, 4, 8), (1, 3, 7)][row], [(0, 4, 8), (1, 3, 7)][column]
-        grid = {(y + 1) * 11 + x + 1 for y in rows for x in columns}
-        assert set(chosen[:, row::2, column::2].unique().tolist()) == grid
-
-
-def test_dilated_random_sampling_draws_for_each_lattice():
-    layer = ConvNN2d(3, 4, K=5, padding=1, dilation=2, sampling_type='random', num_samples=12).train()
-    x = image(3, 3, 10, 10)
-    drawn = [layer.neighbors(x).view(3, 10, 10, 5) for _ in range(2)]
-    assert not torch.equal(*drawn)
-    for row, column in itertools.product(range(2), repeat=2):
-        chosen = drawn[0][:, row::2, column::2, 1:].unique()
-        assert 6 < len(chosen) <= 12
-        assert (chosen // 12 % 2 == (row + 1) % 2).all() and (chosen % 12 % 2 == (column + 1) % 2).all()
-
-
-def test_a_stride_steps_over_lattices_which_are_not_searched():
-    searched = {(1, 2): 4, (2, 2): 1, (2, 3): 9, (6, 4): 4, (4, 6): 9, (5, 1): 1}
-    for (stride, dilation), count in searched.items():
-        assert len(ConvNN2d(3, 4, stride=stride, dilation=dilation).lattices((24, 24))) == count
-    assert len(ConvNN2d(3, 4, dilation=3).lattices((1, 2))) == 2
-
-
 def test_dilation_needs_enough_tokens_only_where_outputs_are():
-    """Of the four lattices of 5 x 5, that of the even positions has 9 tokens and the smallest has 4."""
-    x = image(1, 3, 5, 5, dtype=torch.float32)
-    assert ConvNN2d(3, 4, K=9, dilation=2, stride=2, padding=0)(x).shape == (1, 4, 3, 3)
+    """Of 5 x 5, the even rows and columns cross in 9 tokens, the odd ones in 4."""
+    x, options = image(1, 3, 5, 5, dtype=torch.float32), dict(K=9, dilation=2, padding=0, **LOC)
+    assert ConvNN2d(3, 4, stride=2, **options)(x).shape == (1, 4, 3, 3)
     with pytest.raises(ValueError, match=(
-            'K=9 neighbours need as many tokens, but a map of 5 x 5 with padding=0 has 4 in steps of dilation=2: use a '
-            'larger input or a smaller K or dilation')):
-        ConvNN2d(3, 4, K=9, dilation=2, padding=0)(x)
-    with pytest.raises(ValueError, match=(
-            'grid has 6 positions on a map of 3 x 2 in steps of dilation=2, but 8 neighbours are to be selected: raise '
-            'num_samples=3, or lower sample_padding=0, dilation or K')):
-        ConvNN2d(3, 4, dilation=2, padding=4, sampling_type='spatial', num_samples=3)(x)
+            'K=9 neighbours need as many tokens in steps of dilation=2, but a map of 5 x 5 with padding=0 has 6: use '
+            'a larger input or padding, or a smaller K or dilation')):
+        ConvNN2d(3, 4, **options)(x)
+
+
+@pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])
+@pytest.mark.parametrize('args', [
+    dict(), dict(similarity_type='Loc_Col'), dict(sampling_type='random', num_samples=12, magnitude_type='euclidean')])
+def test_neighbours_by_feature_ignore_dilation(layer_type, args):
+    plain, dilated = (layer_type(3, 4, K=4, dilation=dilation, **args).eval() for dilation in (1, 8))
+    x = example(plain).float()
+    assert torch.equal(dilated.neighbors(x), plain.neighbors(x))
+
+
+@pytest.mark.parametrize('args', [
+    dict(magnitude_type='cosine'), dict(sampling_type='random', num_samples=12),
+    dict(sampling_type='spatial', num_samples=8)])
+def test_loc_without_a_window_refuses_dilation(args):
+    for layer_type in ConvNN1d, ConvNN2d, Branching2d:
+        with pytest.raises(ValueError, match="dilation=2 needs the window that similarity_type='Loc' has with "):
+            layer_type(3, 4, dilation=2, **{**LOC, **args})
 
 
 # Groups
 
 @pytest.mark.parametrize('args', [
-    dict(), dict(K=1), dict(stride=2, dilation=2), dict(aggregation_type='Loc_Col'), dict(magnitude_type='euclidean'),
+    dict(), dict(K=1), dict(stride=2), dict(aggregation_type='Loc_Col'), dict(magnitude_type='euclidean'),
     dict(sampling_type='random', num_samples=9), dict(similarity_type='Loc'), dict(aggregation_type='Loc_Col', K=1),
     dict(aggregation_type='Loc_Col', K=5, stride=2, padding=2, sampling_type='random', num_samples=6),
     dict(aggregation_type='Loc_Col', K=5, padding=2, sampling_type='spatial', num_samples=5),
@@ -529,9 +495,9 @@ def test_shapes_and_gradcheck(layer_type, args):
 
 @pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d, Branching1d, Branching2d])
 @pytest.mark.parametrize('args', [
-    dict(dilation=2), dict(groups=2), dict(dilation=3, stride=2, groups=2, padding=3, K=4),
-    dict(dilation=2, groups=2, sampling_type='random', num_samples=8),
-    dict(dilation=2, sampling_type='spatial', num_samples=8, similarity_type='Loc_Col')])
+    dict(dilation=2, groups=2), dict(dilation=3, stride=2, groups=2, padding=3, K=4, **LOC),
+    dict(groups=2, sampling_type='random', num_samples=8),
+    dict(sampling_type='spatial', num_samples=8, similarity_type='Loc_Col')])
 def test_gradcheck_of_groups_and_dilation(layer_type, args):
     layer = layer_type(4, 4, dtype=torch.float64, **args).eval()
     x = image(1, 4, *((12, 8) if layer.axes == 2 else (20,))).requires_grad_()
@@ -572,7 +538,7 @@ def test_evaluation_is_deterministic_and_training_drops_attention(layer_type):
 
 @pytest.mark.parametrize('layer_type', [
     *[partial(ConvNN2d, similarity_type=similarity_type, **args)
-      for similarity_type in ('Col', 'Loc', 'Loc_Col') for args in (dict(), dict(dilation=2, groups=4))],
+      for similarity_type in ('Col', 'Loc', 'Loc_Col') for args in (dict(), dict(groups=4))],
     ConvNNAttention1d, partial(ConvNNAttention2d, aggregation_type='Loc_Col')])
 def test_autocast_selects_the_neighbours_of_float32(layer_type):
     layer = layer_type(16, 8).eval()
@@ -634,7 +600,7 @@ def test_channels_last_gives_the_same(layer_type):
 # Life as a module
 
 @pytest.mark.parametrize('layer_type', [
-    *LAYERS_1D, *LAYERS_2D, partial(ConvNN2d, dilation=2, stride=3, sampling_type='random', num_samples=9),
+    *LAYERS_1D, *LAYERS_2D, partial(ConvNN2d, stride=3, sampling_type='random', num_samples=9),
     partial(Branching2d, dilation=2, branch_ratio=0.25), partial(ConvNN1d, padding=3, K=4, dilation=3, **LOC)])
 def test_meta_deepcopy_pickle_and_state_dict(layer_type):
     meta = layer_type(3, 4, device='meta')
@@ -655,8 +621,7 @@ def test_meta_deepcopy_pickle_and_state_dict(layer_type):
 
 
 @pytest.mark.parametrize('layer_type', [
-    ConvNN1d, partial(ConvNN2d, magnitude_type='euclidean'), partial(BranchingAttention2d, attention_dropout=0.),
-    partial(ConvNN2d, dilation=2)])
+    ConvNN1d, partial(ConvNN2d, magnitude_type='euclidean'), partial(BranchingAttention2d, attention_dropout=0.)])
 def test_compiles_without_a_graph_break_and_not_for_every_size(layer_type):
     torch._dynamo.reset()
     layer = layer_type(3, 4)
@@ -684,7 +649,8 @@ def test_fewer_candidates_cost_less(layer_type, sampling_type, few, more):
     assert some < others < cost()
 
 
-@pytest.mark.parametrize('layer_type', [ConvNN1d, Branching2d, ConvNNAttention2d, partial(ConvNN2d, dilation=2)])
+@pytest.mark.parametrize('layer_type', [
+    ConvNN1d, Branching2d, ConvNNAttention2d, partial(ConvNN2d, K=4, dilation=2, **LOC)])
 def test_exports(layer_type):
     layer = layer_type(3, 4).eval()
     x = example(layer).float()
@@ -710,8 +676,8 @@ def test_exported_without_autocast_it_runs_with_it(layer_type):
 
 @pytest.mark.parametrize('dynamo', [False, True])
 @pytest.mark.parametrize('layer_type, args', [
-    (ConvNN1d, dict(magnitude_type='euclidean')), (ConvNN2d, dict(dilation=2, groups=3)),
-    (ConvNN2d, dict(similarity_type='Loc')), (ConvNN2d, dict(dtype=torch.float16)),
+    (ConvNN1d, dict(magnitude_type='euclidean')), (ConvNN2d, dict(groups=3)),
+    (ConvNN2d, dict(similarity_type='Loc')), (ConvNN2d, dict(dilation=2, **LOC)), (ConvNN2d, dict(dtype=torch.float16)),
     (BranchingAttention2d, dict(stride=2, sampling_type='random', num_samples=20))])
 def test_onnx(layer_type, args, dynamo, tmp_path):
     """In standard operators, ties included: the input has dead tokens, and onnxruntime selects the same neighbours.

@@ -429,6 +429,12 @@ def test_published_weights_with_a_smaller_output_stride():
         timm.create_model('resnet18_convnn_attn', output_stride=4)
 
 
+def test_a_dilated_network_of_neighbours_by_feature_needs_k_tokens_only():
+    """Its last map of 4 x 4 has 36 tokens with the padding, 4 or fewer in steps of the dilation."""
+    model = timm.create_model('resnet18_convnn', output_stride=2, **NARROW).eval()
+    assert model.layer4[1].conv2.dilation == 4 and model.forward_features(images(size=8)).shape[-2:] == (4, 4)
+
+
 def test_a_checkpoint_with_other_tensors_is_refused():
     """Also where timm would load without strictness, for other classes."""
     model = timm.create_model('resnet18_convnn', bias=True, **NARROW)

@@ -138,8 +138,7 @@ class LayerStats(NamedTuple):
     """Where a layer looks, averaged over images.
 
     `window_*` are the values of the convolution that it stands for. `uniform_*` are those of attention, which takes
-    every token of the map (in steps of the layer's dilation) alike. A position is not counted as its own neighbour, nor
-    is padding, except in `padding`.
+    every token of the map alike. A position is not counted as its own neighbour, nor is padding, except in `padding`.
     """
     layer: str
     height: int  # of the map
@@ -217,8 +216,6 @@ def _measure_uniform(neighbors: LayerNeighbors) -> Dict[str, float]:
     rows, columns = (
         query.unique().unsqueeze(1).sub(torch.arange(n)).abs().flatten().bincount()
         for query, n in zip(neighbors.query.T, neighbors.size))
-    for steps in rows, columns:
-        steps[torch.arange(len(steps)) % neighbors.dilation != 0] = 0
     often = rows.unsqueeze(1) * columns.double()
     often[0, 0] = 0  # the position itself
     length = torch.cartesian_prod(*(torch.arange(len(steps)).double() for steps in (rows, columns))).norm(dim=-1)

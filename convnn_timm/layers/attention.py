@@ -117,8 +117,7 @@ class _ConvNNAttention(NeighborLayer):
         if self.K == 1:
             index = with_own_first(queries, None, B)
             return index, self.attn_drop(torch.ones_like(index, dtype=x.dtype))
-        lattice, = self.lattices(size)
-        positions, own_place = self.candidates(lattice, queries, equal_padding=self.aggregation_type == 'Col')
+        positions, own_place = self.candidates(size, queries, equal_padding=self.aggregation_type == 'Col')
         key, query = self._project(self.w_k, tokens, queries), self._project(self.w_q, tokens, positions)
         if key.dtype != query.dtype:  # a module in the place of one may follow autocast
             wider = torch.promote_types(key.dtype, query.dtype)

@@ -1,6 +1,6 @@
 """What ConvNN and ConvNN attention have in common: their arguments, and the way from a map to tokens and back."""
 import operator
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from convnn_timm.ops.selection import METRICS
 from .coordinates import append_coordinates
 from .inputs import on_batch
 from .pixel_shuffle import SHUFFLE_PATTERNS, shuffle, unshuffle
-from .sampling import SAMPLING_TYPES, Lattice, candidate_positions, ceil_div, inner_positions, lattices
+from .sampling import SAMPLING_TYPES, candidate_positions, ceil_div, inner_positions, padded
 from .script import ScriptedWhole
 
 __all__ = [
@@ -123,14 +123,11 @@ class NeighborLayer(ScriptedWhole):
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         size = tuple(x.shape[2:])
-        tokens = min(lattice.tokens for lattice in self.lattices(size))
+        tokens = padded(size, self.padding).numel()
         if tokens < self.K:
-            steps, smaller = '', 'K'
-            if self.dilation > 1:
-                steps, smaller = f' in steps of dilation={self.dilation}', 'K or dilation'
             raise ValueError(
                 f'K={self.K} neighbours need as many tokens, but a map of {" x ".join(map(str, size))} with '
-                f'padding={self.padding} has {tokens}{steps}: use a larger input or a smaller {smaller}')
+                f'padding={self.padding} has {tokens}: use a larger input or a smaller K')
         return x, size
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,10 +140,6 @@ class NeighborLayer(ScriptedWhole):
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Neighbours (B, Q, K) of the kept positions of maps x."""
         raise NotImplementedError
-
-    def lattices(self, size: Tuple[int, ...]) -> List[Lattice]:
-        """The parts of the padded map that choose neighbours among themselves: one, the whole, without dilation."""
-        return lattices(size, self.padding, self.stride, self.dilation)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         return F.pad(x, (self.padding,) * (2 * self.axes))
@@ -169,17 +162,16 @@ class NeighborLayer(ScriptedWhole):
 
     def candidates(
             self,
-            lattice: Lattice,
+            size: Tuple[int, ...],
             queries: torch.Tensor,
             equal_padding: bool,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Positions (M,) of a lattice that may be selected, and for every query (Q,) its own place among them or -1."""
+        """Positions (M,) that may be selected, and for every query (Q,) its own place among them or -1."""
         device = queries.device
         positions = candidate_positions(
-            lattice, self.K - 1, self.sampling_type, self.num_samples, self.sample_padding, equal_padding,
+            size, self.padding, self.K - 1, self.sampling_type, self.num_samples, self.sample_padding, equal_padding,
             self.training, device)
-        tokens = torch.Size(lattice.padded_size).numel()
-        place = torch.full((tokens,), -1, device=device)
+        place = torch.full((padded(size, self.padding).numel(),), -1, device=device)
         place = place.index_copy(0, positions, torch.arange(len(positions), device=device))
         return positions, place[queries]
 

@@ -5,6 +5,7 @@ itself first, and applies one weight per neighbour rank. Chosen by location alon
 
 Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
+import itertools
 import math
 from functools import lru_cache
 from typing import List, Optional, Tuple
@@ -18,7 +19,7 @@ from convnn_timm.ops._common import widen
 from .base import (
     SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, check_number, map_to_tokens, with_own_first)
 from .coordinates import centered_positions, similarity_coordinates
-from .sampling import Lattice, ceil_div, in_output_order, unpadded_positions
+from .sampling import ceil_div, padded, raster, unpadded_positions
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
@@ -37,8 +38,9 @@ class _ConvNN(NeighborLayer):
         K: Neighbours per position, itself included.
         stride: Step between output positions; all positions stay candidates.
         padding: Zeros around the map. Padded positions are candidates, but not outputs.
-        dilation: Positions choose among those that lie a multiple of so many steps away on each axis of the padded map.
-            Every such lattice of positions is a map of its own, with its own `num_samples`.
+        dilation: Of 'Loc' by euclidean distance among all tokens, which is a dilated convolution: positions choose
+            among those a multiple of so many steps away on each axis. Other 'Loc' refuses it, neighbours by feature
+            ('Col', 'Loc_Col') ignore it.
         groups: Blocks of channels that are convolved by themselves, as in a convolution. All channels are compared.
         sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch,
             from torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
@@ -96,10 +98,14 @@ class _ConvNN(NeighborLayer):
             raise ValueError(
                 "neighbor_init='zero' leaves a weight to the position itself alone, which has no rank of its own in "
                 "similarity_type='Loc': leave out neighbor_init, or select by 'Col' or 'Loc_Col'")
+        self.similarity_type = similarity_type
+        if similarity_type == 'Loc' and dilation > 1 and not self.chooses_by_distance:
+            raise ValueError(
+                f"dilation={dilation} needs the window that similarity_type='Loc' has with magnitude_type='euclidean' "
+                f"and sampling_type='all' only: choose these, or leave dilation at 1")
         coordinates = self.axes if aggregation_type == 'Loc_Col' else 0
         check_groups(groups, self.token_channels, self.token_out_channels, coordinates)
         self.groups = groups
-        self.similarity_type = similarity_type
         self.lambda_param = lambda_param
         self.neighbor_init = neighbor_init
         # As many dimensions as a convolution's weight, so that timm can adapt its input channels.
@@ -134,7 +140,7 @@ class _ConvNN(NeighborLayer):
             return self.leave_map(self._pointwise(self._to_aggregate(x), size, self.weight))
         if self.similarity_type != 'Loc':
             positions, place = self._search(self._to_compare(x), size)
-            if 2 * len(positions) < torch.Size([n + 2 * self.padding for n in size]).numel():
+            if 2 * len(positions) < padded(size, self.padding).numel():
                 return self.leave_map(self._aggregate_few(self._to_aggregate(x), size, positions, place))
             index = with_own_first(self.queries(size, x.device), positions[place], x.shape[0])
         else:
@@ -200,30 +206,6 @@ class _ConvNN(NeighborLayer):
         coordinates = coordinates.expand(x.shape[0], *coordinates.shape)
         return torch.cat([self.lambda_param * features, (1 - self.lambda_param) * coordinates], dim=1)
 
-    def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """(1, Q, K), in raster order: the same for all images and, but for a random draw, always. So found once."""
-        drawn = self.sampling_type == 'random' and self.training
-        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # or no operator of ours may stay
-            return self._find_by_location(size, device)
-        return _neighbors_by_location(size, device, *[getattr(self, name) for name in BY_LOCATION])
-
-    def _find_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The same. With all tokens as candidates the nearest by distance are known without a search."""
-        if self.magnitude_type == 'euclidean' and self.sampling_type == 'all':
-            lattices = self.lattices(size)
-            index = [self._nearest_on(lattice, device).unsqueeze(0) for lattice in lattices]
-            return in_output_order(lattices, index)
-        able = device if device.type != 'mps' else None  # which has no doubles: on the CPU instead
-        positions = centered_positions([n + 2 * self.padding for n in size], able)
-        return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values.to(device)
-
-    def _nearest_on(self, lattice: Lattice, device: torch.device) -> torch.Tensor:
-        """(Q, K): the positions of one lattice that are nearest to its queries."""
-        starts = lattice.own([steps.start for steps in lattice.queries])
-        stops = tuple(last + 1 for last in lattice.own([steps.stop - 1 for steps in lattice.queries]))
-        stride = lattice.queries[0].step // lattice.dilation
-        return lattice.positions(grid_neighbors(lattice.size, self.K, starts, stride, stops, device))
-
     def _own_and_search(self, features: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
         """Raster indices (B, Q, K) by the features that are compared, own position first."""
         queries = self.queries(size, features.device)
@@ -235,35 +217,59 @@ class _ConvNN(NeighborLayer):
     @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
         """The candidates' raster indices (M,), and which of them are a position's other neighbours (B, Q, K - 1)."""
-        lattices = self.lattices(size)
-        found = [self._search_on(lattice, features, size) for lattice in lattices]
-        if len(found) == 1:
-            return found[0]
-        places, known = [], 0
-        for positions, index in found:
-            places.append(index + known)
-            known += len(positions)
-        return torch.cat([positions for positions, _ in found]), in_output_order(lattices, places)
-
-    def _search_on(
-            self,
-            lattice: Lattice,
-            features: torch.Tensor,
-            size: Tuple[int, ...],
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same on one lattice."""
-        queries = lattice.query_positions(features.device)
-        positions, own_place = self.candidates(lattice, queries, equal_padding=self.similarity_type == 'Col')
+        queries = self.queries(size, features.device)
+        positions, own_place = self.candidates(size, queries, equal_padding=self.similarity_type == 'Col')
         candidates = self._tokens_at(positions, features, size)
-        all_ask = self.stride == self.dilation == 1 and tuple(features.shape[2:]) == size
+        all_ask = self.stride == 1 and tuple(features.shape[2:]) == size
         query = map_to_tokens(features) if all_ask else self._tokens_at(queries, features, size)
         return positions, knn_index(query, candidates, self.K - 1, self.magnitude_type, own_place)
+
+    def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """(1, Q, K) in raster order, equal for all images. Found once, unless candidates are drawn anew."""
+        drawn = self.sampling_type == 'random' and self.training
+        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # these need standard operators only
+            return self._find_by_location(size, device)
+        return _neighbors_by_location(size, device, *[getattr(self, name) for name in BY_LOCATION])
+
+    def _find_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """(1, Q, K) in raster order. The nearest by distance among all tokens are known without a search."""
+        if self.chooses_by_distance:
+            return self._nearest(size, device).unsqueeze(0)
+        able = device if device.type != 'mps' else None  # which has no doubles: on the CPU instead
+        positions = centered_positions(padded(size, self.padding), able)
+        return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values.to(device)
+
+    def _nearest(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """(Q, K): the nearest positions to each query, of those a multiple of `dilation` away on each axis."""
+        if self.dilation == 1:
+            start, stop = (self.padding,) * self.axes, tuple(self.padding + n for n in size)
+            return grid_neighbors(padded(size, self.padding), self.K, start, self.stride, stop, device)
+        position = raster(padded(size, self.padding), device)
+        nearest = position.new_empty(*position.shape, self.K)
+        # The remainders, by dilation, of the rows and columns that ask.
+        remainders = [sorted({(self.padding + i) % self.dilation for i in range(0, n, self.stride)}) for n in size]
+        for phase in itertools.product(*remainders):
+            every = tuple(slice(first, None, self.dilation) for first in phase)
+            grid = position[every]
+            if grid.numel() < self.K:
+                raise ValueError(
+                    f'K={self.K} neighbours need as many tokens in steps of dilation={self.dilation}, but a map of '
+                    f'{" x ".join(map(str, size))} with padding={self.padding} has {grid.numel()}: use a larger input '
+                    f'or padding, or a smaller K or dilation')
+            nearest[every] = grid.flatten()[grid_neighbors(grid.shape, self.K, device=device)].view(*grid.shape, -1)
+        return nearest.flatten(0, -2)[self.queries(size, device)]
+
+    @property
+    def chooses_by_distance(self) -> bool:
+        """Whether neighbours are the nearest places among all, a window wherever it fits into the padded map."""
+        return (
+            self.similarity_type == 'Loc' and self.magnitude_type == 'euclidean' and self.sampling_type == 'all')
 
     def _convolution_window(self) -> Optional[int]:
         """Side of the window that the neighbours fill wherever they are, if they do: then this is a convolution."""
         side = round(self.K ** (1 / self.axes))
         is_window = (
-            self.similarity_type == 'Loc' and self.magnitude_type == 'euclidean' and self.sampling_type == 'all'
+            self.chooses_by_distance
             # The k x k nearest of a grid form a square for k = 1, 3, 5 only: a corner of 7 x 7 is farther than 4 steps.
             and side ** self.axes == self.K and side % 2 == 1 and (self.axes == 1 or side <= 5)
             and self.padding >= self.dilation * (side // 2))

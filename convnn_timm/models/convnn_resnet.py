@@ -84,7 +84,7 @@ class ConvNNResNet(ResNet):
             layer_args: Arguments of the layers.
             in_chans: Number of input channels.
             output_stride: Pixels of the image for one of the last map: 8, 16 or 32, with the small stem 2, 4 or 8; the
-                last of them by default. Layers beyond it are dilated instead, as each layer defines that.
+                last of them by default. Layers beyond it are dilated instead (neighbours by feature ignore that).
             input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             zero_init_last: Start the last norm of each block at zero, which silences the block. That costs the first
                 epochs: after three, 64.5 against 75.3 top-1 on CIFAR-10 (train_scripts/results/search, e3_conv2d and

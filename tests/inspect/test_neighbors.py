@@ -138,9 +138,9 @@ def test_by_location_stats_are_those_of_the_window():
 
 
 def test_any_token_of_a_dilated_layer_is_one_that_it_may_choose():
-    """A row of five: the even positions see (2, 4), (2, 2), (2, 4) steps away, the odd ones 2 each."""
+    """A row of five: 8, 6, 4 and 2 pairs are 1, 2, 3 and 4 steps apart. The dilated window reaches 2."""
     line, = neighbor_stats(ConvNN2d(1, 1, K=2, padding=0, dilation=2), images(1, 1, 1, 5))
-    assert line.uniform_distance == pytest.approx(20 / 8) and line.uniform_inside == pytest.approx(6 / 8)
+    assert line.uniform_distance == pytest.approx(40 / 20) and line.uniform_inside == pytest.approx(14 / 20)
     assert line.window_distance == 2
 
 
