@@ -86,10 +86,10 @@ def convert(
         init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
             from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
             `magnitude_type='euclidean'`) then leave the network's function as it is, with K, padding and candidates at
-            their defaults and without `branch_norm`. Neighbours chosen by similarity are not the window's: its
-            centre becomes the weight of the position itself, its other taps, by distance from the centre, the weights
-            of the ranks; train the network further. A branching layer divides the outputs between its branches, and its
-            1x1 convolution, if any, starts as the identity (for groups, a permutation): the convolution's share stays.
+            their defaults. Neighbours chosen by similarity are not the window's: its centre becomes the weight of the
+            position itself, its other taps, by distance from the centre, the weights of the ranks; train the network
+            further. A branching layer divides the outputs between its branches, and its 1x1 convolution, if any, starts
+            as the identity (for groups, a permutation): the convolution's share stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:
@@ -169,10 +169,9 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
         what = f'{layer} with a pixel shuffle' if layer in START_AS_CONV else layer
         raise ValueError(f"{what} cannot start from a convolution's weights: choose init='random'")
     if init == 'conv':
-        for name, start in ('pointwise_init', 'identity'), ('neighbor_init', 'random'):
-            if layer_args.get(name, start) != start:
-                raise ValueError(f"init='conv' starts from the convolution's weights: leave out {name}, or choose "
-                                 "init='random'")
+        if layer_args.get('neighbor_init', 'random') != 'random':
+            raise ValueError("init='conv' starts from the convolution's weights: leave out neighbor_init, or choose "
+                             "init='random'")
 
 
 def _convolutions(model: nn.Module) -> Iterator[Tuple[str, nn.Conv2d]]:
@@ -230,7 +229,7 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
     if conv.groups > 1 and init == 'conv' and not mixed:
         return "without branch_mix its groups' outputs would change places: choose init='random'"
     try:
-        _create_layer(conv, layer, init, layer_args, 'meta')
+        _create_layer(conv, layer, layer_args, 'meta')
     except ValueError as error:
         return str(error)
     return ''
@@ -315,7 +314,7 @@ def _list(names: List[str]) -> str:
 
 def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) -> nn.Module:
     """The layer in place of a convolution, which does to the size of a map what that did."""
-    new = _create_layer(conv, layer, init, layer_args, conv.weight.device, conv.weight.dtype)
+    new = _create_layer(conv, layer, layer_args, conv.weight.device, conv.weight.dtype)
     if init == 'conv':
         _start_as(conv, new)
     new.train(conv.training)
@@ -332,14 +331,11 @@ def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) 
     return new if padding == (half, half) else Aligned(new, side, stride, dilation, padding).train(conv.training)
 
 
-def _create_layer(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any], device, dtype=None) -> nn.Module:
+def _create_layer(conv: nn.Conv2d, layer: str, layer_args: Dict[str, Any], device, dtype=None) -> nn.Module:
     side, by_location = conv.kernel_size[0], layer_args.get('similarity_type') == 'Loc'
     # The nearest places form a square of 3 or 5 at its side; a larger window's corners need a disc around it.
     radius = math.isqrt(2 * (side // 2) ** 2) if by_location else side // 2
-    args = dict(K=len(_disc(side)) if by_location else side ** 2, padding=conv.dilation[0] * radius)
-    if init == 'conv':
-        args['pointwise_init'] = 'identity'
-    args |= layer_args
+    args = dict(K=len(_disc(side)) if by_location else side ** 2, padding=conv.dilation[0] * radius) | layer_args
     return create_layer(
         layer, conv.in_channels, conv.out_channels, stride=conv.stride[0], kernel_size=side, dilation=conv.dilation[0],
         groups=conv.groups, bias=conv.bias is not None, **args, device=device, dtype=dtype)

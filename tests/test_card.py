@@ -490,11 +490,9 @@ def test_the_twin_may_be_published_and_brings_its_seeds(published, manifest, res
 @pytest.mark.parametrize('architecture, model_args, text', [
     ('resnet18_convnn', {'sampling_type': 'all', 'K': 9}, 'as in the paper, with its standard arguments\n'),
     ('resnet18_convnn_branching_224', dict(
-        sampling_type='random', num_samples=64, branch_norm=True, pointwise_init='identity', K=5, global_pool='avg'),
-     'except that neighbours are searched among 64 random positions; the outputs of both branches are normalised '
-     'before they are mixed; the 1x1 convolution that mixes the branches starts as the identity; `K` is 5, not 9\n'),
-    ('resnet18_convnn_branching', dict(branch_mix=False, pointwise_init='identity'),
-     'except that the branches stand side by side, no 1x1 convolution mixes them\n'),
+        sampling_type='random', num_samples=64, branch_mix=False, K=5, global_pool='avg'),
+     'except that neighbours are searched among 64 random positions; the branches stand side by side, no 1x1 '
+     'convolution mixes them; `K` is 5, not 9\n'),
     ('resnet18_conv2d', dict(sampling_type='random', in_chans=3), 'convolutions of PyTorch\n'),
     ('convnn_converted', dict(base='test_resnet', convert=dict(branch_ratio=0.25)), 'as the arguments say\n')])
 def test_the_card_says_in_which_form_the_layers_are(card, architecture, model_args, text):

@@ -430,7 +430,6 @@ def test_layers_of_this_package_are_left_alone():
     (dict(layer='convnn_attn'), "convnn_attn cannot start from a convolution's weights: choose init='random'"),
     (dict(shuffle_pattern='BA', shuffle_scale=2), "with a pixel shuffle cannot start from a convolution's weights"),
     (dict(shuffle_pattern='B', shuffle_scale=2, init='random'), "shuffle_pattern='B' changes the size of the map"),
-    (dict(pointwise_init='zero'), "leave out pointwise_init, or choose init='random'"),
     (dict(neighbor_init='zero'), "leave out neighbor_init, or choose init='random'"),
 ])
 def test_an_error_says_what_to_do_and_leaves_the_model_alone(kwargs, message):

@@ -780,7 +780,7 @@ class Reversed(nn.Module):
         return weight.flip(0)
 
 
-@pytest.mark.parametrize('layer_type', [*LAYERS_1D, *LAYERS_2D, CoordConv2d, partial(Branching2d, branch_norm=True)])
+@pytest.mark.parametrize('layer_type', [*LAYERS_1D, *LAYERS_2D, CoordConv2d])
 def test_hooks_fire_on_every_module_with_parameters(layer_type):
     layer, before, after = layer_type(3, 4, dtype=torch.float64), [], []
     for name, module in parts(layer).items():
@@ -909,7 +909,6 @@ def test_what_was_changed_is_not_scripted_as_it_was(change, message):
 @pytest.mark.parametrize('layer_type, args', [
     *[(layer_type, dict()) for layer_type in LAYERS_1D + LAYERS_2D + [CoordConv2d]],
     *[(layer_type, dict(shuffle_pattern='BA', shuffle_scale=2)) for layer_type in (ConvNN1d, Branching2d, CoordConv2d)],
-    *[(layer_type, dict(branch_norm=True)) for layer_type in (Branching1d, BranchingAttention2d)],
     *[(Branching2d, dict(branch_ratio=ratio, stride=2)) for ratio in (0., 1.)],
     (ConvNN2d, LOC), (ConvNN2d, dict(K=1)), (ConvNN2d, dict(sampling_type='random', num_samples=9))], ids=str)
 def test_a_single_map_is_a_batch_of_one(layer_type, args):
@@ -919,8 +918,7 @@ def test_a_single_map_is_a_batch_of_one(layer_type, args):
     assert torch.equal(y, layer(x.unsqueeze(0)).squeeze(0)) and torch.equal(torch.jit.script(layer)(x), y)
     if layer_type is not CoordConv2d and getattr(layer, 'branch1', layer) is not None:
         assert torch.equal(layer.neighbors(x), layer.neighbors(x.unsqueeze(0)).squeeze(0))
-    if 'branch_norm' not in args:
-        torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), y)
+    torch.testing.assert_close(torch.fx.symbolic_trace(nn.Sequential(layer))(x), y)
 
 
 @pytest.mark.parametrize('layer_type', [ConvNN1d, BranchingAttention2d])
@@ -1091,60 +1089,33 @@ def test_branching_refuses_a_map_that_its_branches_would_size_differently():
         Branching2d(3, 4, stride=2, shuffle_pattern='BA', shuffle_scale=2)(torch.ones(1, 3, 14, 14))
 
 
-@pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('layer', [Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d])
-def test_branching_can_start_as_its_branches_side_by_side(layer, bias):
-    layer = layer(3, 8, K=4, branch_ratio=0.25, pointwise_init='identity', bias=bias, dtype=torch.float64).eval()
+def test_branching_mixes_its_branches(layer):
+    layer = layer(3, 8, K=4, branch_ratio=0.25, dtype=torch.float64).eval()
     x = example(layer)
-    assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
+    assert torch.equal(layer(x), layer.pointwise_conv(torch.cat([layer.branch1(x), layer.branch2(x)], dim=1)))
 
 
 @pytest.mark.parametrize('layer', [Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d])
 def test_branching_can_leave_its_branches_side_by_side(layer):
-    layer = layer(3, 8, K=4, branch_ratio=0.25, branch_mix=False, pointwise_init='identity', dtype=torch.float64).eval()
+    layer = layer(3, 8, K=4, branch_ratio=0.25, branch_mix=False, dtype=torch.float64).eval()
     x = example(layer)
     assert torch.equal(layer(x), torch.cat([layer.branch1(x), layer.branch2(x)], dim=1))
     assert {name.split('.')[0] for name in layer.state_dict()} == {'branch1', 'branch2'}
     layer.reset_parameters()
-    assert 'branch_mix=False' in str(layer) and 'pointwise' not in layer.extra_repr()
+    assert 'branch_mix=False' in str(layer)
     assert torch.equal(torch.jit.script(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize('layer_type', [Branching1d, BranchingAttention2d])
 def test_branching_starts_anew(layer_type):
-    layer = layer_type(3, 8, K=4, branch_norm=True, pointwise_init='identity', dtype=torch.float64).eval()
-    first, x = copy.deepcopy(layer), example(layer)
+    layer = layer_type(3, 8, K=4, dtype=torch.float64).eval()
+    x = example(layer)
     for parameter in layer.parameters():
         nn.init.constant_(parameter, 7.)
     layer.reset_parameters()
     assert all((parameter != 7).all() for parameter in layer.parameters())
-    assert torch.equal(layer.pointwise_conv.weight, first.pointwise_conv.weight)
     assert torch.equal(layer.neighbors(x), layer.branch1.neighbors(x))
-
-
-def test_branching_can_start_without_its_neighbours_and_learn_to_use_them():
-    layer, plain = (Branching2d(3, 8, K=4, pointwise_init=init, dtype=torch.float64) for init in ('zero', 'random'))
-    x = example(layer)
-    for branching, silent in (layer, True), (plain, False):
-        y = branching(x)
-        branching.branch1.weight.data *= -3
-        assert torch.equal(branching(x), y) == silent
-    y.sum().backward()
-    layer(x).sum().backward()
-    assert (layer.pointwise_conv.weight.grad[:, :4] != 0).any() and (layer.pointwise_conv.weight[:, 4:] != 0).all()
-
-
-def test_branching_of_neighbours_only_does_not_start_without_them():
-    layer = Branching2d(3, 8, K=4, branch_ratio=1., pointwise_init='zero')
-    assert (layer.pointwise_conv.weight != 0).all()
-
-
-def test_branching_can_normalise_its_branches():
-    layer = Branching2d(3, 8, K=4, branch_norm=True, pointwise_init='identity', bias=False, dtype=torch.float64)
-    layer.branch1.weight.data *= 100
-    y = layer(image(4, 3, 8, 8)).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(y.mean(1), torch.zeros(8, dtype=y.dtype), rtol=0, atol=1e-9)
-    torch.testing.assert_close(y.std(1, correction=0), torch.ones(8, dtype=y.dtype), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize('layer_type', [ConvNN1d, ConvNN2d])

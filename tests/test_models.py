@@ -27,12 +27,11 @@ def images(n=2, size=32, channels=3, dtype=torch.float32):
 
 @pytest.mark.parametrize('name', ['resnet18_convnn_branching', 'vgg11_convnn_branching'])
 def test_a_networks_own_initialisation_keeps_the_start_that_was_asked_for(name):
-    model = timm.create_model(name, pointwise_init='identity', neighbor_init='zero')
+    model = timm.create_model(name, neighbor_init='zero')
     layers = [m for m in model.modules() if isinstance(m, Branching2d)]
     assert layers
     for layer in layers:
-        mixture, neighbors = layer.pointwise_conv.weight[..., 0, 0], layer.branch1.weight
-        assert torch.equal(mixture, torch.eye(len(mixture)))
+        neighbors = layer.branch1.weight
         assert (neighbors[:, :, 1:] == 0).all()
         assert neighbors[:, :, 0].std().item() == pytest.approx((2 / len(neighbors)) ** 0.5, rel=0.2)
 
@@ -60,8 +59,8 @@ def test_every_layer_argument_is_a_keyword_of_every_model(name):
     arguments = dict(
         K=4, kernel_size=5, padding=2, dilation=2, groups=1, sampling_type='random', num_samples=16, sample_padding=1,
         shuffle_pattern='BA', shuffle_scale=1, magnitude_type='euclidean', similarity_type='Loc_Col',
-        aggregation_type='Loc_Col', lambda_param=0.3, neighbor_init='zero', branch_ratio=0.25, branch_norm=True,
-        branch_mix=False, pointwise_init='zero', attention_dropout=0.2, bias=True)
+        aggregation_type='Loc_Col', lambda_param=0.3, neighbor_init='zero', branch_ratio=0.25,
+        branch_mix=False, attention_dropout=0.2, bias=True)
     assert set(arguments) == set(layer_arguments())
     with torch.device('meta'):
         model = timm.create_model(name, **arguments, num_classes=10, input_noise=0.1, device='meta')
@@ -155,9 +154,7 @@ def test_resnets_with_branches_have_the_published_form(name):
 
 
 def test_choices_that_the_published_form_gives_way_to():
-    """A 1x1 convolution that is to start in some way is wanted; by location, no neighbour is the position itself."""
-    model = timm.create_model('resnet18_convnn_branching', pointwise_init='identity', device='meta')
-    assert model.layer1[0].conv1.pointwise_conv is not None and model.layer1[0].conv1.branch_ratio == 0.125
+    """By location, no neighbour is the position itself."""
     model = timm.create_model('resnet18_convnn_branching', similarity_type='Loc', device='meta')
     assert model.layer1[0].conv1.branch1.neighbor_init == 'random'
 
@@ -384,7 +381,7 @@ def test_a_folder_saved_when_the_papers_form_was_the_default_rebuilds_that(name,
 
 
 @pytest.mark.parametrize('name, options', [
-    ('resnet18_convnn_branching', {}), ('resnet18_convnn_branching', dict(pointwise_init='zero', K=4)),
+    ('resnet18_convnn_branching', {}), ('resnet18_convnn_branching', dict(branch_mix=True, K=4)),
     ('vgg11_convnn_branching_224', dict(mlp_ratio=0.01))])
 def test_a_config_has_what_an_architecture_has_by_itself(name, options, tmp_path):
     """So that it is rebuilt as it was, whatever the architecture will have one day."""
@@ -392,8 +389,6 @@ def test_a_config_has_what_an_architecture_has_by_itself(name, options, tmp_path
     args = json.loads((tmp_path / 'saved' / 'config.json').read_text())['model_args']
     own = dict(sampling_type='spatial', num_samples=8) if 'vgg' in name else dict(
         branch_ratio=0.125, neighbor_init='zero', sampling_type='random', num_samples=32, branch_mix=False)
-    if 'pointwise_init' in options:
-        del own['branch_mix']
     assert args.items() >= {**own, **options}.items()
     assert str(timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True)) == str(
         timm.create_model(name, **options))

@@ -53,11 +53,10 @@ DEPARTURES = {
     ('sampling_type', 'spatial'): 'neighbours are searched among a grid of {num_samples} x {num_samples} positions',
     ('neighbor_init', 'zero'):
         'the weights of the neighbours start at zero, those of the positions themselves at random',
-    ('branch_norm', True): 'the outputs of both branches are normalised before they are mixed',
     ('branch_mix', False): 'the branches stand side by side, no 1x1 convolution mixes them',
-    ('pointwise_init', 'identity'): 'the 1x1 convolution that mixes the branches starts as the identity',
-    ('pointwise_init', 'zero'): "the 1x1 convolution that mixes the branches starts without ConvNN's outputs",
 }
+# Arguments that branching layers had when published runs were made, whose convolutions were given them too.
+FORMER_BRANCHING = {'branch_norm', 'pointwise_init'}
 # Arguments that change where a run reads, writes and computes, not what. (Without cache the crops are others, of the
 # same kind.)
 PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
@@ -148,7 +147,9 @@ def layer_of(architecture: str) -> str:
 
 def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """A model's arguments without those of other layers, which its own take and ignore."""
-    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else ()
+    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else set()
+    if 'branching' not in layer:
+        ignored |= FORMER_BRANCHING
     return {name: value for name, value in arguments.items() if name not in ignored}
 
 
@@ -241,8 +242,6 @@ class Card:
         if self.layer not in LAYER_TYPES:
             return 'as the arguments say'
         parameters, given = inspect.signature(LAYER_TYPES[self.layer]).parameters, self.layer_args
-        if not given.get('branch_mix', True):  # then there is nothing that it would start
-            given.pop('pointwise_init', None)
         changes = []
         for name, value in given.items():
             if words := DEPARTURES.get((name, value)):
@@ -340,7 +339,7 @@ class Card:
 
 def comparison_row(runs: Sequence[Record]) -> Tuple[Any, ...]:
     args = runs[0].args
-    kwargs = dict(args['model_kwargs'])
+    kwargs = useful(layer_of(args['model']), args['model_kwargs'])
     if args['input_size']:
         kwargs['in_chans'] = args['input_size'][0]
     model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)

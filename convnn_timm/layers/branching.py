@@ -6,11 +6,9 @@ import torch
 import torch.nn as nn
 
 from .attention import ConvNNAttention1d, ConvNNAttention2d
-from .base import NeighborLayer, check_choice, check_integer, check_number
+from .base import NeighborLayer, check_integer, check_number
 from .convnn import ConvNN1d, ConvNN2d
 from .inputs import check_input
-
-POINTWISE_INITS = ('random', 'identity', 'zero')
 
 __all__ = ['Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAttention2d']
 
@@ -28,9 +26,7 @@ class _Hybrid(nn.Module):
             kernel_size: int,
             stride: int,
             branch_ratio: float,
-            branch_norm: bool,
             branch_mix: bool,
-            pointwise_init: str,
             bias: bool,
             dd: Dict[str, Any],
             **neighbor_args,
@@ -39,7 +35,6 @@ class _Hybrid(nn.Module):
         check_integer('in_channels', in_channels, 1)
         check_integer('out_channels', out_channels, 1)
         check_number('branch_ratio', branch_ratio, 0, 1)
-        check_choice('pointwise_init', pointwise_init, POINTWISE_INITS)
         check_integer('kernel_size', kernel_size, 1)
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, so that both branches keep the size, got {kernel_size}')
@@ -57,14 +52,13 @@ class _Hybrid(nn.Module):
                 f'groups={groups} must divide the outputs of both branches, but branch_ratio={branch_ratio} gives '
                 f'{neighbor_channels} to the neighbours and {conv_channels} to the convolution')
         axes = self.neighbor_layer.axes
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if axes == 2 else (nn.Conv1d, nn.BatchNorm1d)
+        conv = nn.Conv2d if axes == 2 else nn.Conv1d
         self.axes = axes
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
         self.shuffle_scale = neighbor_args['shuffle_scale']
         self.branch_ratio = branch_ratio
-        self.pointwise_init = pointwise_init
         self.branch1 = self.branch2 = None
         if neighbor_channels:
             self.branch1 = self.neighbor_layer(
@@ -75,29 +69,13 @@ class _Hybrid(nn.Module):
             self.branch2 = conv(
                 in_channels, conv_channels, kernel_size, stride=stride, padding=dilation * (kernel_size // 2),
                 dilation=dilation, groups=groups, bias=bias, **dd)
-        self.branch_norm = norm(out_channels, **dd) if branch_norm else None
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd) if branch_mix else None
-        self.init_pointwise()
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew; the 1x1 convolution starts as `pointwise_init` asks."""
+        """Draw all weights anew."""
         for module in list(self.modules())[1:]:
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
-        self.init_pointwise()
-
-    @torch.no_grad()
-    def init_pointwise(self) -> None:
-        """Start the 1x1 convolution as `pointwise_init` asks; what starts random stays as it is."""
-        if self.pointwise_conv is None:
-            return
-        weight = self.pointwise_conv.weight
-        if self.pointwise_init == 'identity':
-            weight.copy_(torch.eye(len(weight), device=weight.device).view_as(weight))
-            if self.pointwise_conv.bias is not None:
-                self.pointwise_conv.bias.zero_()
-        elif self.pointwise_init == 'zero' and self.branch1 is not None and self.branch2 is not None:
-            weight[:, :self.branch1.out_channels].zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -120,8 +98,6 @@ class _Hybrid(nn.Module):
                         f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
                         f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
             x = torch.cat([x1, x2], dim=-1 - self.axes)  # as torch.fx records it, it takes a single map too
-        if self.branch_norm is not None:
-            x = self.branch_norm(x)
         return x if self.pointwise_conv is None else self.pointwise_conv(x)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,8 +108,7 @@ class _Hybrid(nn.Module):
         return self.branch1.neighbors(x)
 
     def extra_repr(self) -> str:
-        mixture = 'branch_mix=False' if self.pointwise_conv is None else f'pointwise_init={self.pointwise_init}'
-        return f'branch_ratio={self.branch_ratio}, {mixture}'
+        return f'branch_ratio={self.branch_ratio}' + (', branch_mix=False' if self.pointwise_conv is None else '')
 
 
 _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convolution.
@@ -147,11 +122,8 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         kernel_size: Odd side of the convolution's window.
         stride: Stride of both branches.
         branch_ratio: Share of the outputs that come from {layer}, in [0, 1].
-        branch_norm: Normalise both branches' outputs over the batch before they are mixed. (Not in the paper.)
         branch_mix: Mix both branches' outputs by the 1x1 convolution. If not, they stand side by side, for the next
             layer to mix. (Always in the paper.)
-        pointwise_init: How the 1x1 convolution starts: 'random' (the paper's); 'identity', both branches' outputs as
-            they are; 'zero', random without {layer}'s outputs, which it learns to use.
         bias: Learn biases in both branches and the 1x1 convolution.
         (others): Arguments of {layer}. Its dilation and groups, where it has them, are the convolution's too.
 
@@ -183,16 +155,13 @@ class _Branching(_Hybrid):
             lambda_param: float = 0.5,
             neighbor_init: str = 'random',
             branch_ratio: float = 0.5,
-            branch_norm: bool = False,
             branch_mix: bool = True,
-            pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, branch_mix, pointwise_init,
-            bias,
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_mix, bias,
             {'device': device, 'dtype': dtype},
             K=K, padding=padding, dilation=dilation, groups=groups, sampling_type=sampling_type,
             num_samples=num_samples, sample_padding=sample_padding, shuffle_pattern=shuffle_pattern,
@@ -229,16 +198,13 @@ class _BranchingAttention(_Hybrid):
             aggregation_type: str = 'Col',
             attention_dropout: float = 0.1,
             branch_ratio: float = 0.5,
-            branch_norm: bool = False,
             branch_mix: bool = True,
-            pointwise_init: str = 'random',
             bias: bool = True,
             device=None,
             dtype=None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_norm, branch_mix, pointwise_init,
-            bias,
+            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_mix, bias,
             {'device': device, 'dtype': dtype},
             K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
             shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,

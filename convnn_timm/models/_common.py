@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, get_model_traits, resolve_pretrained_cfg
 
-from convnn_timm.layers import LAYER_TYPES, Branching2d, BranchingAttention2d, ConvNN2d, layer_arguments
+from convnn_timm.layers import LAYER_TYPES, ConvNN2d, layer_arguments
 from convnn_timm.layers.registry import check_arguments
 from ._weights import WeightsError, find_weights, hub_id, local_file, named_entry
 
@@ -20,7 +20,7 @@ __all__ = [
 # Arguments that decide how a training starts and goes, not what the trained network computes; and the number of
 # classes, to which timm adapts weights.
 NOT_OF_THE_WEIGHTS = {
-    'num_classes', 'device', 'dtype', 'neighbor_init', 'pointwise_init', 'zero_init_last', 'attention_dropout',
+    'num_classes', 'device', 'dtype', 'neighbor_init', 'zero_init_last', 'attention_dropout',
     'drop_rate', 'drop_path_rate', 'drop_block_rate', 'input_noise'}
 
 
@@ -36,8 +36,6 @@ def init_convnn_weights(model: nn.Module) -> None:
             nn.init.kaiming_normal_(m.random_weight(), mode='fan_out', nonlinearity='relu')
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif isinstance(m, (Branching2d, BranchingAttention2d)):
-            m.init_pointwise()
 
 
 def add_input_noise(x: torch.Tensor, std: float, training: bool) -> torch.Tensor:
@@ -171,8 +169,6 @@ def _beside(model_args: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any
         senseless.add('num_samples')  # that of the architecture's own sampling
     if kwargs.get('similarity_type') == 'Loc':
         senseless.add('neighbor_init')  # by location the position itself has no rank of its own
-    if 'pointwise_init' in kwargs:
-        senseless.add('branch_mix')  # it starts the 1x1 convolution that mixes the branches
     return {name: value for name, value in model_args.items() if name not in senseless}
 
 
