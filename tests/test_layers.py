@@ -1080,6 +1080,15 @@ def test_defaults_are_those_of_the_paper():
             assert name not in paper or parameter.default == paper[name], (layer_type, name)
 
 
+@pytest.mark.parametrize('layer_type', [Branching1d, Branching2d, BranchingAttention1d, BranchingAttention2d])
+def test_branching_takes_and_shows_the_arguments_of_its_neighbour_layer(layer_type):
+    shown = inspect.signature(layer_type).parameters
+    assert inspect.signature(layer_type.neighbor_layer).parameters.keys() | {'kernel_size', 'branch_ratio'} < shown.keys()
+    for ratio in 0., 0.5:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'k'"):
+            layer_type(3, 4, branch_ratio=ratio, k=9)
+
+
 def test_what_is_remembered_is_not_made_in_a_cuda_graph():
     assert torch.Tag.cudagraph_unsafe in torch.ops.convnn_timm.neighbors_by_location.default.tags
 

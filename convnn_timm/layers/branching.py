@@ -1,6 +1,7 @@
 """Branching: a convolution and ConvNN side by side, mixed by a 1x1 convolution if wanted."""
+import inspect
 import warnings
-from typing import Any, Dict, Type
+from typing import Type
 
 import torch
 import torch.nn as nn
@@ -13,24 +14,34 @@ from .inputs import check_input
 __all__ = ['Branching1d', 'Branching2d', 'BranchingAttention1d', 'BranchingAttention2d']
 
 
-class _Hybrid(nn.Module):
-    """Both branches see the whole input: `int(out_channels * branch_ratio)` outputs come from the neighbour layer
-    (`branch1`), the rest from a convolution (`branch2`); a 1x1 convolution (`pointwise_conv`, if any) mixes them.
-    """
+class _Branching(nn.Module):
+    """A convolution and a layer of `neighbor_layer` side by side. The public classes below have its documentation."""
     neighbor_layer: Type[NeighborLayer]
+
+    def __init_subclass__(cls) -> None:
+        """Let `inspect.signature` show the neighbour layer's arguments too."""
+        super().__init_subclass__()
+        own = dict(inspect.signature(cls.__init__).parameters)
+        if own.pop('neighbor_args', None):
+            theirs = inspect.signature(cls.neighbor_layer).parameters.items()
+            own |= {name: p.replace(kind=p.KEYWORD_ONLY) for name, p in theirs if name not in own}
+        cls.__signature__ = inspect.Signature(list(own.values())[1:])  # without self
 
     def __init__(
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: int,
-            stride: int,
-            branch_ratio: float,
-            branch_mix: bool,
-            bias: bool,
-            dd: Dict[str, Any],
+            kernel_size: int = 3,
+            *,
+            stride: int = 1,
+            branch_ratio: float = 0.5,
+            branch_mix: bool = True,
+            bias: bool = True,
+            device=None,
+            dtype=None,
             **neighbor_args,
     ) -> None:
+        dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_integer('in_channels', in_channels, 1)
         check_integer('out_channels', out_channels, 1)
@@ -38,10 +49,6 @@ class _Hybrid(nn.Module):
         check_integer('kernel_size', kernel_size, 1)
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, so that both branches keep the size, got {kernel_size}')
-        if neighbor_args['shuffle_pattern'] in ('A', 'B') and neighbor_args['shuffle_scale'] > 1:
-            raise ValueError(
-                f"shuffle_pattern={neighbor_args['shuffle_pattern']!r} changes the size of one branch only: "
-                f"use 'BA' or 'NA'")
         neighbor_channels = int(out_channels * branch_ratio)
         if branch_ratio and not neighbor_channels:
             warnings.warn(f'branch_ratio={branch_ratio} of {out_channels} channels leaves none to the neighbours')
@@ -51,25 +58,28 @@ class _Hybrid(nn.Module):
             raise ValueError(
                 f'groups={groups} must divide the outputs of both branches, but branch_ratio={branch_ratio} gives '
                 f'{neighbor_channels} to the neighbours and {conv_channels} to the convolution')
-        axes = self.neighbor_layer.axes
-        conv = nn.Conv2d if axes == 2 else nn.Conv1d
-        self.axes = axes
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.stride = stride
-        self.shuffle_scale = neighbor_args['shuffle_scale']
-        self.branch_ratio = branch_ratio
         self.branch1 = self.branch2 = None
         if neighbor_channels:
-            self.branch1 = self.neighbor_layer(
+            neighbors = self.branch1 = self.neighbor_layer(
                 in_channels, neighbor_channels, stride=stride, bias=bias, **neighbor_args, **dd)
-        else:  # its arguments are checked all the same
-            self.neighbor_layer(in_channels, max(groups, 1), stride=stride, **neighbor_args, device='meta')
+        else:  # their arguments are checked all the same
+            neighbors = self.neighbor_layer(in_channels, max(groups, 1), stride=stride, **neighbor_args, device='meta')
+        if neighbors.shuffle_pattern in ('A', 'B') and neighbors.shuffle_scale > 1:
+            raise ValueError(
+                f"shuffle_pattern={neighbors.shuffle_pattern!r} changes the size of one branch only: use 'BA' or 'NA'")
+        axes = neighbors.axes
+        conv = nn.Conv2d if axes == 2 else nn.Conv1d
         if conv_channels:
             self.branch2 = conv(
                 in_channels, conv_channels, kernel_size, stride=stride, padding=dilation * (kernel_size // 2),
                 dilation=dilation, groups=groups, bias=bias, **dd)
         self.pointwise_conv = conv(out_channels, out_channels, 1, bias=bias, **dd) if branch_mix else None
+        self.axes = axes
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.shuffle_scale = neighbors.shuffle_scale
+        self.branch_ratio = branch_ratio
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
@@ -132,43 +142,6 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
     """
 
 
-class _Branching(_Hybrid):
-
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int = 3,
-            K: int = 9,
-            stride: int = 1,
-            padding: int = 1,
-            dilation: int = 1,
-            groups: int = 1,
-            sampling_type: str = 'all',
-            num_samples: int = -1,
-            sample_padding: int = 0,
-            shuffle_pattern: str = 'NA',
-            shuffle_scale: int = 1,
-            magnitude_type: str = 'cosine',
-            similarity_type: str = 'Col',
-            aggregation_type: str = 'Col',
-            lambda_param: float = 0.5,
-            neighbor_init: str = 'random',
-            branch_ratio: float = 0.5,
-            branch_mix: bool = True,
-            bias: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_mix, bias,
-            {'device': device, 'dtype': dtype},
-            K=K, padding=padding, dilation=dilation, groups=groups, sampling_type=sampling_type,
-            num_samples=num_samples, sample_padding=sample_padding, shuffle_pattern=shuffle_pattern,
-            shuffle_scale=shuffle_scale, magnitude_type=magnitude_type, similarity_type=similarity_type,
-            aggregation_type=aggregation_type, lambda_param=lambda_param, neighbor_init=neighbor_init)
-
-
 class Branching1d(_Branching):
     __doc__ = _DOC.format(layer='ConvNN1d', input='sequences (B, C, T)')
     neighbor_layer = ConvNN1d
@@ -179,43 +152,11 @@ class Branching2d(_Branching):
     neighbor_layer = ConvNN2d
 
 
-class _BranchingAttention(_Hybrid):
-
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            kernel_size: int = 3,
-            K: int = 9,
-            stride: int = 1,
-            padding: int = 1,
-            sampling_type: str = 'all',
-            num_samples: int = -1,
-            sample_padding: int = 0,
-            shuffle_pattern: str = 'NA',
-            shuffle_scale: int = 1,
-            magnitude_type: str = 'cosine',
-            aggregation_type: str = 'Col',
-            attention_dropout: float = 0.1,
-            branch_ratio: float = 0.5,
-            branch_mix: bool = True,
-            bias: bool = True,
-            device=None,
-            dtype=None,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, branch_ratio, branch_mix, bias,
-            {'device': device, 'dtype': dtype},
-            K=K, padding=padding, sampling_type=sampling_type, num_samples=num_samples, sample_padding=sample_padding,
-            shuffle_pattern=shuffle_pattern, shuffle_scale=shuffle_scale, magnitude_type=magnitude_type,
-            aggregation_type=aggregation_type, attention_dropout=attention_dropout)
-
-
-class BranchingAttention1d(_BranchingAttention):
+class BranchingAttention1d(_Branching):
     __doc__ = _DOC.format(layer='ConvNNAttention1d', input='sequences (B, C, T)')
     neighbor_layer = ConvNNAttention1d
 
 
-class BranchingAttention2d(_BranchingAttention):
+class BranchingAttention2d(_Branching):
     __doc__ = _DOC.format(layer='ConvNNAttention2d', input='images (B, C, H, W)')
     neighbor_layer = ConvNNAttention2d

@@ -182,8 +182,8 @@ def _differing(
 ) -> Dict[str, Tuple[Any, Any]]:
     """Those of the names under which weights were trained with one value, and another is asked for: both values."""
     defaults = {
-        name: parameter.default for cls in (*reversed(network.__mro__), LAYER_TYPES[layer])
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        name: parameter.default for init in (*(cls.__init__ for cls in reversed(network.__mro__)), LAYER_TYPES[layer])
+        for name, parameter in inspect.signature(init).parameters.items()
         if parameter.default is not parameter.empty and name != 'bias'}  # whose default is the network's
     first, second = ({**defaults, **model_args, **arguments} for arguments in (trained, asked))
     ignored = NOT_OF_THE_WEIGHTS | {*layer_arguments()} - {*layer_arguments(layer)}
