@@ -61,7 +61,7 @@ def test_ties_are_as_near_as_the_originals_neighbours(name):
     theirs = TIED[name]
     assert not torch.equal(ours, theirs)
     assert torch.equal(ours[..., 0], theirs[..., 0])
-    x, size = layer.enter(tensors['input'])
+    x, size = layer.check_and_unshuffle(tensors['input'])
     features = layer.similarity_features(layer.pad(x))
     tokens = features.flatten(2).mT
     query = tokens.index_select(1, layer.queries(size, x.device))

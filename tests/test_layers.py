@@ -290,7 +290,7 @@ def test_groups_are_blocks_of_channels_with_common_neighbours(layer_type, groups
     channels = 8 - layer_type.axes if 'aggregation_type' in args else 8  # 8 with coordinates
     layer = layer_type(channels, 8, groups=groups, dtype=torch.float64, **args).eval()
     x = example(layer, (60,) if layer.axes == 1 else (12, 12))
-    padded = layer.aggregated(layer.pad(layer.enter(x)[0]))
+    padded = layer.aggregated(layer.pad(layer.check_and_unshuffle(x)[0]))
     index, blocks = layer.neighbors(x), layer.weight.flatten(2).chunk(groups)
     tokens = padded.flatten(2).mT.chunk(groups, dim=2)
     y = torch.cat([reference.neighbor_conv(t, index, w) for t, w in zip(tokens, blocks, strict=True)], dim=2).mT

@@ -6,21 +6,21 @@ import torch
 import torch.nn as nn
 
 from convnn_timm.ops import knn, neighbor_conv
-from .base import NeighborLayer, check_number, map_to_tokens, with_own_first
+from .base import NeighborLayer, check_number, map_to_tokens, prepend_self
 from .projection import Projection1d, Projection2d
 
 __all__ = ['ConvNNAttention1d', 'ConvNNAttention2d']
 
-# What a token scores with itself: more than any other token does by cosine, and a distance below zero.
+# A token's score with itself: above any cosine, and above any negative squared distance.
 OWN_SCORE = {'cosine': 1.1, 'euclidean': 0.1}
 
 
 class _ConvNNAttention(NeighborLayer):
     """Attention over the K nearest neighbours of every position.
 
-    Position t's neighbours are the candidates whose query projection is nearest to t's key projection, itself first.
-    A softmax over their K scores (cosine similarity, or negative squared distance) weighs the value projections; then
-    follow a depthwise convolution over neighbour ranks, a 1x1 convolution, and the output projection. Gradient flows
+    A position's neighbours are itself, then the candidates whose query projections are nearest to its key projection.
+    A softmax over the K scores (cosine similarity, or negative squared distance) weighs the value projections. A
+    depthwise convolution over neighbour ranks, a 1x1 convolution and the output projection follow. Gradient flows
     through the scores.
 
     Args:
@@ -75,7 +75,7 @@ class _ConvNNAttention(NeighborLayer):
         self.w_q = projection(C, C, 1, bias=False, **dd)
         self.w_k = projection(C, C, 1, bias=False, **dd)
         self.w_v = conv(C, C, 1, bias=False, **dd)
-        if K == 1:  # itself alone, which no score can change: they learn nothing
+        if K == 1:  # the only neighbour is the position itself, whatever they compute
             self.w_q.requires_grad_(False)
             self.w_k.requires_grad_(False)
         self.attention_dropout = attention_dropout
@@ -96,12 +96,12 @@ class _ConvNNAttention(NeighborLayer):
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        x, size = self.enter(x)
+        x, size = self.check_and_unshuffle(x)
         x = self.aggregated(self.pad(x))
         index, attention = self._attend(x, size)
         values = map_to_tokens(self.w_v(x))
         y = neighbor_conv(values, index, self.weight.flatten(2), self.bias, attention, groups=self.token_channels)
-        return self.leave_map(self.w_o(self.pointwise_conv(self.to_map(y, size))))
+        return self.shuffle_output(self.w_o(self.pointwise_conv(self.to_map(y, size))))
 
     def tensors(self) -> List[Optional[torch.Tensor]]:
         return [
@@ -115,20 +115,20 @@ class _ConvNNAttention(NeighborLayer):
         """Neighbours (B, Q, K) of the kept positions of the padded map x, and their attention weights."""
         B, queries, tokens = x.shape[0], self.queries(size, x.device), map_to_tokens(x)
         if self.K == 1:
-            index = with_own_first(queries, None, B)
+            index = prepend_self(queries, None, B)
             return index, self.attn_drop(torch.ones_like(index, dtype=x.dtype))
         positions, own_place = self.candidates(size, queries, equal_padding=self.aggregation_type == 'Col')
         key, query = self._project(self.w_k, tokens, queries), self._project(self.w_q, tokens, positions)
-        if key.dtype != query.dtype:  # a module in the place of one may follow autocast
+        if key.dtype != query.dtype:  # one of the projections was replaced by a module that follows autocast
             wider = torch.promote_types(key.dtype, query.dtype)
             key, query = key.to(wider), query.to(wider)
         place, others = knn(key, query, self.K - 1, self.magnitude_type, own_place)
-        others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # itself again: too few candidates
+        others = others.masked_fill(place == own_place.unsqueeze(-1), -torch.inf)  # too few candidates
         score = torch.cat([torch.full_like(others[..., :1], OWN_SCORE[self.magnitude_type]), others], dim=-1)
-        return with_own_first(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
+        return prepend_self(queries, positions[place], B), self.attn_drop(score.softmax(dim=-1))
 
     def _project(self, projection: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, M, C) at positions (M,), projected to be compared. The module sees a map one token wide."""
+        """Project the tokens at positions (M,) to be compared: (B, M, C). The module sees a map one token wide."""
         x = tokens.index_select(1, positions).transpose(1, 2)
         return map_to_tokens(projection(x.unsqueeze(-1) if self.axes == 2 else x))
 

@@ -1,4 +1,4 @@
-"""What ConvNN and ConvNN attention have in common: their arguments, and the way from a map to tokens and back."""
+"""What ConvNN and ConvNN attention share: their arguments, and the way from a map to tokens and back."""
 import operator
 from typing import Any, Optional, Tuple
 
@@ -14,7 +14,7 @@ from .script import ScriptedWhole
 
 __all__ = [
     'NeighborLayer', 'check_choice', 'check_groups', 'check_integer', 'check_number', 'map_to_tokens',
-    'with_own_first', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
+    'prepend_self', 'AGGREGATION_TYPES', 'SIMILARITY_TYPES',
 ]
 
 SIMILARITY_TYPES = ('Col', 'Loc', 'Loc_Col')
@@ -45,7 +45,7 @@ def check_number(name: str, value: Any, least: float, most: float) -> None:
 
 
 def check_groups(groups: int, channels: int, out_channels: int, coordinates: int) -> None:
-    """Check groups of the channels that are aggregated, of which some may be coordinates."""
+    """Check that groups divide the aggregated channels, of which some may be coordinates, and the outputs."""
     check_integer('groups', groups, 1)
     if channels % groups or out_channels % groups:
         note = f" ({coordinates} of them coordinates of aggregation_type='Loc_Col')" if coordinates else ''
@@ -57,8 +57,8 @@ def check_groups(groups: int, channels: int, out_channels: int, coordinates: int
 class NeighborLayer(ScriptedWhole):
     """Arguments, checks and token bookkeeping of a layer that selects neighbours.
 
-    Forward is `enter` (unshuffle, check), `pad`, select, aggregate, `to_map`, `leave_map` (shuffle). Tokens are the
-    positions of the padded map in raster order; every index speaks of them.
+    The steps of forward: `check_and_unshuffle`, `pad`, select, aggregate, `to_map`, `shuffle_output`. Tokens are the
+    positions of the padded map in raster order. Every index counts them.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class NeighborLayer(ScriptedWhole):
         self.shuffle_scale = shuffle_scale if shuffle_pattern != 'NA' else 1
         self.magnitude_type = magnitude_type
         self.aggregation_type = aggregation_type
-        # Channels of a token as aggregated, and of an output token.
+        # Channels of a token when it is aggregated, and of an output token.
         squared = self.shuffle_scale ** self.axes
         self.token_channels = in_channels * (squared if 'B' in shuffle_pattern else 1)
         self.token_channels += self.axes if aggregation_type == 'Loc_Col' else 0
         self.token_out_channels = out_channels * (squared if shuffle_pattern in ('A', 'BA') else 1)
 
-    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, ...]]:
-        """Unshuffle a batch and check that it has enough tokens; return the maps and their size."""
+    def check_and_unshuffle(self, x: torch.Tensor) -> Tuple[torch.Tensor, Tuple[int, ...]]:
+        """Unshuffle a batch and check that it has K tokens. Returns the maps and their size."""
         if self.shuffle_pattern in ('B', 'BA'):
             x = unshuffle(x, self.shuffle_scale)
         size = tuple(x.shape[2:])
@@ -131,14 +131,14 @@ class NeighborLayer(ScriptedWhole):
         return x, size
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
-        """The K neighbours of every output position: (B, Q, K) raster indices in the padded (and unshuffled) map.
+        """The K neighbours of every output position, as raster indices in the padded (and unshuffled) map.
 
-        They are (Q, K) of a map without a batch.
+        (B, Q, K) for a batch, (Q, K) for a single map.
         """
-        return on_batch(lambda x: self._select(*self.enter(x)), x, self.axes, self.in_channels)
+        return on_batch(lambda x: self._select(*self.check_and_unshuffle(x)), x, self.axes, self.in_channels)
 
     def _select(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
-        """Neighbours (B, Q, K) of the kept positions of maps x."""
+        """The neighbours (B, Q, K) that the output positions of maps x select."""
         raise NotImplementedError
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ class NeighborLayer(ScriptedWhole):
         # (Not unflatten: torch's TorchScript exporter to ONNX makes the batch that it sees there a constant.)
         return y.reshape(y.shape[0], *[ceil_div(n, self.stride) for n in size], y.shape[2]).movedim(self.axes + 1, 1)
 
-    def leave_map(self, y: torch.Tensor) -> torch.Tensor:
+    def shuffle_output(self, y: torch.Tensor) -> torch.Tensor:
         return shuffle(y, self.shuffle_scale) if self.shuffle_pattern in ('A', 'BA') else y
 
     def aggregated(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ class NeighborLayer(ScriptedWhole):
         return append_coordinates(x) if self.aggregation_type == 'Loc_Col' else x
 
     def queries(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """Positions (Q,) that are kept as outputs."""
+        """Positions (Q,) that have an output."""
         return inner_positions(size, self.padding, self.stride, device)
 
     def candidates(
@@ -192,7 +192,7 @@ def map_to_tokens(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, x.ndim - 1).flatten(1, -2)
 
 
-def with_own_first(queries: torch.Tensor, neighbors: Optional[torch.Tensor], batch: int) -> torch.Tensor:
-    """Put every query's own position (Q,) before its other neighbours (B, Q, K - 1): (B, Q, K)."""
+def prepend_self(queries: torch.Tensor, neighbors: Optional[torch.Tensor], batch: int) -> torch.Tensor:
+    """Put every query's own position (Q,) before its other neighbours (B, Q, K - 1), if any: (B, Q, K)."""
     own = queries.unsqueeze(-1).expand(batch, -1, -1)
     return own if neighbors is None else torch.cat([own, neighbors], dim=-1)

@@ -62,7 +62,7 @@ class _Branching(nn.Module):
         if neighbor_channels:
             neighbors = self.branch1 = self.neighbor_layer(
                 in_channels, neighbor_channels, stride=stride, bias=bias, **neighbor_args, **dd)
-        else:  # their arguments are checked all the same
+        else:  # only to check the arguments
             neighbors = self.neighbor_layer(in_channels, max(groups, 1), stride=stride, **neighbor_args, device='meta')
         if neighbors.shuffle_pattern in ('A', 'B') and neighbors.shuffle_scale > 1:
             raise ValueError(
@@ -89,7 +89,7 @@ class _Branching(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if isinstance(x, torch.fx.Proxy):  # which torch.fx records with, and has no shape yet
+            if isinstance(x, torch.fx.Proxy):  # torch.fx records; there is no shape to check
                 return self.compute(x)
             check_input(x, self.axes, self.in_channels)
         return self.compute(x) if x.dim() == self.axes + 2 else self.compute(x.unsqueeze(0)).squeeze(0)
@@ -107,7 +107,7 @@ class _Branching(nn.Module):
                     raise ValueError(
                         f'map {tuple(x.shape[2:])} must be divisible by the shuffle scale times the stride '
                         f'({self.shuffle_scale} x {self.stride}), so that both branches give the same size')
-            x = torch.cat([x1, x2], dim=-1 - self.axes)  # as torch.fx records it, it takes a single map too
+            x = torch.cat([x1, x2], dim=-1 - self.axes)  # counted from the end: torch.fx's graph takes a single map too
         return x if self.pointwise_conv is None else self.pointwise_conv(x)
 
     def neighbors(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ _DOC = """Hybrid of a convolution and {layer} for {input}, mixed by a 1x1 convol
         branch_mix: Mix both branches' outputs by the 1x1 convolution. If not, they stand side by side, for the next
             layer to mix. (Always in the paper.)
         bias: Learn biases in both branches and the 1x1 convolution.
-        (others): Arguments of {layer}. Its dilation and groups, where it has them, are the convolution's too.
+        **neighbor_args: Arguments of {layer}. Its dilation and groups, where it has them, are the convolution's too.
 
     Raises:
         ValueError: As {layer} does, and for an even kernel_size, a ratio outside [0, 1], a shuffle of one end only.

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from convnn_timm.ops import grid_neighbors, knn_index, neighbor_conv
 from convnn_timm.ops._common import widen
 from .base import (
-    SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, check_number, map_to_tokens, with_own_first)
+    SIMILARITY_TYPES, NeighborLayer, check_choice, check_groups, check_number, map_to_tokens, prepend_self)
 from .coordinates import centered_positions, similarity_coordinates
 from .sampling import ceil_div, padded, raster, unpadded_positions
 
 __all__ = ['ConvNN1d', 'ConvNN2d']
 
 NEIGHBOR_INITS = ('random', 'zero')
-# The arguments that neighbours by location depend on.
+# The arguments on which neighbours by location depend.
 BY_LOCATION = (
     'K', 'stride', 'padding', 'dilation', 'sampling_type', 'num_samples', 'sample_padding', 'magnitude_type')
 
@@ -41,7 +41,7 @@ class _ConvNN(NeighborLayer):
         dilation: Of 'Loc' by euclidean distance among all tokens, which is a dilated convolution: positions choose
             among those a multiple of so many steps away on each axis. Other 'Loc' refuses it, neighbours by feature
             ('Col', 'Loc_Col') ignore it.
-        groups: Blocks of channels that are convolved by themselves, as in a convolution. All channels are compared.
+        groups: Blocks of channels that are convolved separately, as in a convolution. All channels are compared.
         sampling_type: Candidates: 'all' positions; 'random': `num_samples` positions, one draw for the whole batch,
             from torch's generator in training and the same draw in every evaluation; 'spatial': a regular grid of
             `num_samples` positions per axis. Where `num_samples` exceeds the map, all are candidates.
@@ -123,7 +123,7 @@ class _ConvNN(NeighborLayer):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def random_weight(self) -> torch.Tensor:
-        """The part of the weight that starts random, to be set in place; the rest becomes zero."""
+        """The part of the weight that starts random, for the caller to fill in place. The rest is set to zero."""
         weight = self.weight.detach()
         if self.neighbor_init == 'zero':
             weight[:, :, 1:].zero_()
@@ -132,22 +132,24 @@ class _ConvNN(NeighborLayer):
 
     @torch.jit.unused
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        x, size = self.enter(x)
+        return self.shuffle_output(self._convolve(*self.check_and_unshuffle(x)))
+
+    def _convolve(self, x: torch.Tensor, size: Tuple[int, ...]) -> torch.Tensor:
+        """The map x convolved over neighbours, by the cheapest way that there is."""
         window = self._convolution_window()
         if window is not None:
-            return self.leave_map(self._convolve(self.aggregated(self.pad(x)), window))
+            return self._convolve_window(self.aggregated(self.pad(x)), window)
         if self.K == 1:
-            return self.leave_map(self._pointwise(self._to_aggregate(x), size, self.weight))
-        if self.similarity_type != 'Loc':
+            return self._pointwise(self._to_aggregate(x), size, self.weight)
+        if self.similarity_type == 'Loc':
+            index = self._select(x, size)
+        else:
             positions, place = self._search(self._to_compare(x), size)
             if 2 * len(positions) < padded(size, self.padding).numel():
-                return self.leave_map(self._aggregate_few(self._to_aggregate(x), size, positions, place))
-            index = with_own_first(self.queries(size, x.device), positions[place], x.shape[0])
-        else:
-            index = self._select(x, size)
+                return self._aggregate_few(self._to_aggregate(x), size, positions, place)
+            index = prepend_self(self.queries(size, x.device), positions[place], x.shape[0])
         tokens = map_to_tokens(self.aggregated(self.pad(x)))
-        y = neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups)
-        return self.leave_map(self.to_map(y, size))
+        return self.to_map(neighbor_conv(tokens, index, self.weight.flatten(2), self.bias, groups=self.groups), size)
 
     def _aggregate_few(
             self,
@@ -156,9 +158,9 @@ class _ConvNN(NeighborLayer):
             positions: torch.Tensor,
             place: torch.Tensor,
     ) -> torch.Tensor:
-        """Aggregate over neighbours among few candidates (M,), place (B, Q, K - 1) of them: a map.
+        """Aggregate over neighbours that are all among few candidates (M,), `place` (B, Q, K - 1) of them: a map.
 
-        All the map is needed for rank 0 alone, which is the position itself: a 1x1 convolution.
+        Only rank 0, the position itself, needs the whole map. It is a 1x1 convolution.
         """
         own, others = self.weight.split([1, self.K - 1], dim=2)
         y = neighbor_conv(self._tokens_at(positions, x, size), place, others.flatten(2), groups=self.groups)
@@ -169,8 +171,7 @@ class _ConvNN(NeighborLayer):
             return self._select_by_location(size, x.device).expand(x.shape[0], -1, -1)
         return self._own_and_search(self._to_compare(x), size)
 
-    # Of the map x, what is compared and what is aggregated. These are padded only where more than zeros is to be added:
-    # below, a map whose size is not `size` has its padding.
+    # These two pad the map only where its padding gets coordinates. Below, a map that is larger than `size` is padded.
 
     def _to_compare(self, x: torch.Tensor) -> torch.Tensor:
         return self.similarity_features(self.pad(x)) if self.similarity_type == 'Loc_Col' else x
@@ -183,7 +184,7 @@ class _ConvNN(NeighborLayer):
         if tuple(x.shape[2:]) != size:
             for axis, n in enumerate(size, start=2):
                 x = x.narrow(axis, self.padding, n)
-        for axis in range(2, x.ndim):  # not the convolution's stride: with few channels_last channels it crashed torch
+        for axis in range(2, x.ndim):  # a strided convolution of few channels_last channels crashed torch
             x = x[(slice(None),) * axis + (slice(None, None, self.stride),)]
         conv = F.conv2d if self.axes == 2 else F.conv1d
         return conv(x, weight, self.bias, groups=self.groups)
@@ -210,9 +211,9 @@ class _ConvNN(NeighborLayer):
         """Raster indices (B, Q, K) by the features that are compared, own position first."""
         queries = self.queries(size, features.device)
         if self.K == 1:
-            return with_own_first(queries, None, features.shape[0])
+            return prepend_self(queries, None, features.shape[0])
         positions, place = self._search(features, size)
-        return with_own_first(queries, positions[place], features.shape[0])
+        return prepend_self(queries, positions[place], features.shape[0])
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor, size: Tuple[int, ...]) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -266,16 +267,16 @@ class _ConvNN(NeighborLayer):
             self.similarity_type == 'Loc' and self.magnitude_type == 'euclidean' and self.sampling_type == 'all')
 
     def _convolution_window(self) -> Optional[int]:
-        """Side of the window that the neighbours fill wherever they are, if they do: then this is a convolution."""
+        """Side of the window that every position's neighbours fill, if they do. Then the layer is a convolution."""
         side = round(self.K ** (1 / self.axes))
         is_window = (
             self.chooses_by_distance
-            # The k x k nearest of a grid form a square for k = 1, 3, 5 only: a corner of 7 x 7 is farther than 4 steps.
+            # The k x k nearest form a square for k = 1, 3, 5 only: a corner of 7 x 7 is farther away than 4 steps.
             and side ** self.axes == self.K and side % 2 == 1 and (self.axes == 1 or side <= 5)
             and self.padding >= self.dilation * (side // 2))
         return side if is_window else None
 
-    def _convolve(self, x: torch.Tensor, window: int) -> torch.Tensor:
+    def _convolve_window(self, x: torch.Tensor, window: int) -> torch.Tensor:
         margin = self.padding - self.dilation * (window // 2)
         for axis in range(2, x.ndim):
             x = x.narrow(axis, margin, x.shape[axis] - 2 * margin)
@@ -304,7 +305,7 @@ class ConvNN2d(_ConvNN):
     axes = 2
 
 
-# What it remembers outlives a CUDA graph, whose memory that would be if it were found in one.
+# Neighbours found inside a CUDA graph would lie in its memory, and what is remembered outlives the graph.
 @torch.library.custom_op(
     'convnn_timm::neighbors_by_location', mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _neighbors_by_location(
@@ -319,9 +320,9 @@ def _neighbors_by_location(
         sample_padding: int,
         magnitude_type: str,
 ) -> torch.Tensor:
-    """Neighbours (1, Q, K) by location, remembered. An operator, or a compiled network would find them each time."""
+    """Neighbours (1, Q, K) by location, remembered. As an operator, so that compiled networks remember them too."""
     arguments = K, stride, padding, dilation, sampling_type, num_samples, sample_padding, magnitude_type
-    return _remembered(tuple(size), device, *arguments).clone()  # which the caller may write into
+    return _remembered(tuple(size), device, *arguments).clone()  # the caller may write into its copy
 
 
 @_neighbors_by_location.register_fake

@@ -1,4 +1,4 @@
-"""Coordinate convolution: the plain convolution with ConvNN's coordinates and shuffles, its fair twin."""
+"""Coordinate convolution: a convolution with ConvNN's coordinates and shuffles, for a fair comparison with ConvNN."""
 import torch
 import torch.nn as nn
 
@@ -11,7 +11,7 @@ __all__ = ['CoordConv2d']
 
 
 class CoordConv2d(ScriptedWhole, nn.Conv2d):
-    """Conv2d that can see coordinates, between optional pixel-(un)shuffles: by default it is a Conv2d.
+    """Conv2d that can see coordinates, between optional pixel-(un)shuffles. With its defaults it is a Conv2d.
 
     Args:
         in_channels: Channels of the input.
@@ -20,7 +20,7 @@ class CoordConv2d(ScriptedWhole, nn.Conv2d):
         stride: Step of the convolution.
         padding: Zeros around the map (and its coordinates).
         dilation: Distance of the window's positions.
-        groups: Blocks of channels that are convolved by themselves.
+        groups: Blocks of channels that are convolved separately.
         shuffle_pattern: Pixel-unshuffle the input ('B'), pixel-shuffle the output ('A'), both ('BA') or none ('NA').
         shuffle_scale: Factor of the shuffle.
         aggregation_type: 'Loc_Col' appends its coordinates to the input, in [-1, 1] per axis; 'Col' does not.

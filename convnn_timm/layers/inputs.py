@@ -1,4 +1,4 @@
-"""Inputs of the layers: their shape is checked, and they may lack a batch, as those of torch's convolutions."""
+"""Check the shape of a layer's input, which may be a batch or a single map, as of torch's convolutions."""
 from typing import Callable
 
 import torch
@@ -24,6 +24,6 @@ def on_batch(
         axes: int,
         channels: int,
 ) -> torch.Tensor:
-    """Check an input and compute its output. `compute` knows batches only: a single map is given as a batch of one."""
+    """Check an input and compute its output. `compute` takes batches only: a single map becomes a batch of one."""
     check_input(x, axes, channels)
     return compute(x) if x.ndim == axes + 2 else compute(x.unsqueeze(0)).squeeze(0)

@@ -1,4 +1,4 @@
-"""Read the state dicts of the paper's code, whose layers name and shape the same parameters otherwise."""
+"""Read state dicts of the paper's code, where parameters have other names and shapes."""
 from typing import Dict
 
 import torch
@@ -8,7 +8,7 @@ __all__ = ['convert_original_state_dict', 'load_original_state_dict']
 
 
 def convert_original_state_dict(state_dict: Dict[str, torch.Tensor], module: nn.Module) -> Dict[str, torch.Tensor]:
-    """Rename the original's parameters and give them the shapes of `module`, which they fill in the same order."""
+    """Rename the original's parameters and reshape them to those of `module`. The order of elements is the same."""
     own = module.state_dict()
     converted = {}
     for name, value in state_dict.items():
@@ -20,7 +20,7 @@ def convert_original_state_dict(state_dict: Dict[str, torch.Tensor], module: nn.
 
 
 def load_original_state_dict(layer: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Load the parameters of one of the original's layers into the layer of this package that does the same.
+    """Load the parameters of one of the original's layers into its counterpart in this package.
 
     Raises:
         RuntimeError: Parameters are missing, unexpected or of another size.

@@ -1,6 +1,6 @@
-"""Trade positions for channels: pixel (un)shuffle for sequences, and by name of pattern for any number of axes.
+"""Trade positions for channels: pixel (un)shuffle of sequences and images.
 
-The 1-D pair is the paper code's: it cuts each channel into `scale` contiguous pieces. (2-D is torch's: interleaved.)
+In 1-D each channel is cut into contiguous pieces, as in the paper's code. In 2-D they interleave, as in torch.
 """
 import torch
 import torch.nn as nn

@@ -1,4 +1,4 @@
-"""Projections of what is compared: 1x1 convolutions in full precision, on whose every bit a rank may depend."""
+"""1x1 convolutions in full precision, for what is compared: a rank may depend on every bit."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,15 +9,15 @@ __all__ = ['Projection1d', 'Projection2d']
 
 
 class _Projection(nn.Module):
-    """1x1 convolution that computes in the dtype of its weight under autocast too.
+    """1x1 convolution that computes in the dtype of its weight, under autocast too.
 
-    It is a matrix product, because a GPU computes convolutions in float32 with fewer bits by default.
+    It is computed as a matrix product: by default a GPU convolves float32 with fewer bits.
     """
 
     @torch.jit.unused
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, channels = self.weight.flatten(1), -1 - len(self.kernel_size)
-        on_meta = x.device.type == 'meta'  # which knows no autocast
+        on_meta = x.device.type == 'meta'  # meta knows no autocast
         if x.dtype != weight.dtype and not on_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
         with no_autocast(x):

@@ -1,7 +1,7 @@
 """TorchScript: a scripted network calls one of these layers as a single operator, which runs the layer's Python code.
 
-A scripted file can be saved and loaded, as long as convnn_timm is imported where it runs. torch.fx, which cannot follow
-the control flow of these layers either, records the call of the whole module.
+A scripted network can be saved and loaded. Where it runs, convnn_timm must be imported. torch.fx cannot follow the
+control flow of these layers either: it records the call of the whole module.
 """
 import importlib
 import inspect
@@ -21,7 +21,7 @@ _library.define('layer(Tensor x, Tensor?[] tensors, str spec, bool training) -> 
 
 
 class ScriptedWhole(nn.Module):
-    """Base of layers whose `compute` of a batch is opaque to TorchScript.
+    """Base of layers whose `compute` TorchScript and torch.fx do not look into.
 
     A subclass keeps its constructor's arguments as attributes of the same names, and lists its parameters in `tensors`,
     in the order of `named_parameters`.
@@ -52,7 +52,7 @@ class ScriptedWhole(nn.Module):
 
 
 def record_call(module: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
-    """What a module returns to torch.fx that is to stay one module in its graph."""
+    """Record the call of a module as one node of torch.fx's graph."""
     return x.tracer.create_proxy('call_module', x.tracer.path_of_module(module), (x,), {})
 
 
@@ -74,11 +74,11 @@ def layer_spec(layer: nn.Module) -> str:
 
 
 def check_unchanged(layer: nn.Module, spec: str) -> None:
-    """Refuse a layer that is not as its constructor made it, weights aside: the operator would run it as that."""
+    """Refuse a layer that was changed after its construction: the operator builds it anew and gives it the weights."""
     made = dict(_build(spec, layer.training).named_modules())
     for name, module in layer.named_modules():
         twin = made.get(name)
-        hooked = 'forward' in vars(module)  # as Accelerate does
+        hooked = 'forward' in vars(module)  # so Accelerate hooks a module
         if name:  # TorchScript itself calls the hooks of the layer
             hooked = hooked or module._forward_hooks or module._forward_pre_hooks
         if type(module) is not type(twin) or module.extra_repr() != twin.extra_repr() or hooked:
@@ -89,7 +89,7 @@ def check_unchanged(layer: nn.Module, spec: str) -> None:
 
 
 class _Layers(threading.local):
-    """The layers that each thread has built: while one runs it holds the tensors of that call."""
+    """The layers that a thread has built. Threads share none: a layer that runs holds the tensors of its call."""
 
     def __init__(self) -> None:
         self.built: Dict[Tuple[str, bool], Any] = {}
