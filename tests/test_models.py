@@ -1,4 +1,4 @@
-"""What the models promise beyond timm's own tests (test_timm_contract.py) and the golden networks (test_golden.py)."""
+"""What the models promise beyond timm's own tests (test_timm_contract.py) and the golden networks (tests/layers)."""
 import json
 import subprocess
 import sys
