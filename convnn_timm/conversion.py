@@ -21,7 +21,7 @@ from timm.models import get_model_input_config
 
 from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
 from .layers.base import check_number
-from .layers.registry import check_arguments, first_modules, rearranges_channels
+from .layers.registry import REGISTRY, check_arguments, first_modules, rearranges_channels
 from .layers.script import record_call
 from .macs import count_macs, count_parameters
 
@@ -32,7 +32,6 @@ Where = Union[None, str, Sequence[str], Callable[[str, nn.Module], bool]]
 STARTS = ('conv', 'random')
 # Layers that can start as the convolution they replace.
 START_AS_CONV = ('convnn', 'convnn_branching')
-OWN_LAYERS = tuple(layer for layer in LAYER_TYPES.values() if layer is not nn.Conv2d)
 # So much more to compute is hardly meant.
 MANY_TIMES = 10
 # What the convolution, not the caller, decides.
@@ -152,7 +151,7 @@ def convert(
 # Which convolutions
 
 def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
-    layers = [name for name in LAYER_TYPES if name != 'conv2d']
+    layers = [name for name, record in REGISTRY.items() if record.is_own]
     if layer not in layers:
         raise ValueError(f'unknown layer {layer!r}, valid are {", ".join(layers)}')
     if init not in STARTS:
@@ -176,9 +175,9 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
 
 def _convolutions(model: nn.Module) -> Iterator[Tuple[str, nn.Conv2d]]:
     """The convolutions of a network, except those inside of this package's layers."""
-    inside = set()
+    own, inside = tuple(record.cls for record in REGISTRY.values() if record.is_own), set()
     for name, module in model.named_modules():
-        if isinstance(module, OWN_LAYERS):
+        if isinstance(module, own):
             inside.update(module.modules())
         elif isinstance(module, nn.Conv2d) and module not in inside:
             yield name, module
@@ -221,12 +220,12 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
         return f'it has groups, which {layer} has not'
     if conv.groups > 1 and init == 'conv' and layer_args.get('aggregation_type') == 'Loc_Col':
         return "coordinates ('Loc_Col') cannot be divided between its groups: choose init='random'"
-    if layer == 'convnn_branching' and int(conv.out_channels * layer_args.get('branch_ratio', 0.5)) % conv.groups:
+    if 'branch_ratio' in arguments and int(conv.out_channels * layer_args.get('branch_ratio', 0.5)) % conv.groups:
         count = conv.out_channels // conv.groups
         return f'its groups have {count} output{"s"[:count - 1]} each, which branch_ratio does not divide between ' \
             f"the branches: choose another one, or layer='convnn'"
-    mixed = layer != 'convnn_branching' or layer_args.get('branch_mix', True)
-    if conv.groups > 1 and init == 'conv' and not mixed:
+    side_by_side = 'branch_mix' in arguments and not layer_args.get('branch_mix', True)
+    if conv.groups > 1 and init == 'conv' and side_by_side:
         return "without branch_mix its groups' outputs would change places: choose init='random'"
     try:
         _create_layer(conv, layer, layer_args, 'meta')

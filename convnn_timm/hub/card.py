@@ -20,7 +20,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import parse_model_name
 
 from convnn_timm.conversion import convert
-from convnn_timm.layers import LAYER_TYPES, layer_arguments
+from convnn_timm.layers import layer_arguments
+from convnn_timm.layers.registry import REGISTRY
 from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._weights import WeightsError, find_entry, namespace, split_revision
 from convnn_timm.train.flags import defaults
@@ -36,16 +37,6 @@ DATASETS = {
     'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
     'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),
     'imagenet': ('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation'),
-}
-# Models by the layer in their name.
-KINDS = {
-    'conv2d': 'with convolutions, the baseline of the ConvNN models',
-    'conv2d_new': 'with convolutions that can see coordinates',
-    'convnn': 'whose layers convolve over the most similar positions of the map (ConvNN)',
-    'convnn_attn': 'whose layers attend to the most similar positions of the map (ConvNN attention)',
-    'convnn_branching': 'whose layers join a convolution with one over the most similar positions of the map (ConvNN)',
-    'convnn_branching_attn': 'whose layers join a convolution with attention to the most similar positions (ConvNN)',
-    'converted': 'whose convolutions ConvNN layers replaced',
 }
 # What arguments of a layer change in the form that it has in the paper, which is that of its defaults.
 DEPARTURES = {
@@ -141,13 +132,13 @@ def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
 
 
 def layer_of(architecture: str) -> str:
-    """The layer in a model's name, a key of `KINDS`."""
+    """The layer in a model's name, a key of the registry; 'converted' for another network's, which has none."""
     return architecture.partition('_')[2].removesuffix('_224')
 
 
 def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """A model's arguments without those of other layers, which its own take and ignore."""
-    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in LAYER_TYPES else set()
+    ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in REGISTRY else set()
     if 'branching' not in layer:
         ignored |= FORMER_BRANCHING
     return {name: value for name, value in arguments.items() if name not in ignored}
@@ -195,13 +186,19 @@ class Card:
 
     @property
     def layer(self) -> str:
-        """What stands for the 3x3 convolutions, a key of `KINDS`."""
+        """What stands for the 3x3 convolutions."""
         return layer_of(self.config['architecture'])
+
+    @property
+    def kind(self) -> str:
+        """What distinguishes the model from other image classifiers."""
+        known = REGISTRY.get(self.layer)
+        return known.kind if known else 'whose convolutions ConvNN layers replaced'
 
     @property
     def layer_args(self) -> Dict[str, Any]:
         """Those of the model's arguments that its layers have a use for."""
-        known = layer_arguments(self.layer) if self.layer in LAYER_TYPES else ()
+        known = layer_arguments(self.layer) if self.layer in REGISTRY else ()
         return {name: value for name, value in self.config.get('model_args', {}).items() if name in known}
 
     @property
@@ -237,11 +234,12 @@ class Card:
     @property
     def form(self) -> str:
         """In which form the model has its layers."""
-        if self.layer == 'conv2d':
-            return 'convolutions of PyTorch'
-        if self.layer not in LAYER_TYPES:
+        known = REGISTRY.get(self.layer)
+        if known is None:
             return 'as the arguments say'
-        parameters, given = inspect.signature(LAYER_TYPES[self.layer]).parameters, self.layer_args
+        if not known.is_own:
+            return 'convolutions of PyTorch'
+        parameters, given = inspect.signature(known.cls).parameters, self.layer_args
         changes = []
         for name, value in given.items():
             if words := DEPARTURES.get((name, value)):
@@ -375,7 +373,7 @@ def write_card(folder: Path, name: str) -> None:
     """Write README.md into the folder of a published weight, which holds everything else."""
     card = read_card(folder, name)
     made = ModelCard.from_template(
-        metadata(card), template_path=str(TEMPLATE), card=card, kind=KINDS[card.layer],
+        metadata(card), template_path=str(TEMPLATE), card=card,
         link=f'hf-hub:{namespace()}/{name}', accuracy=accuracy, text=text, code=code)
     (folder / 'README.md').write_text(f'{made.content}\n', encoding='utf-8')
 

@@ -1,7 +1,9 @@
-"""Create the layer that a model's name asks for."""
+"""The layers that may stand in place of a convolution: one record each, which models, conversion and cards read."""
 import inspect
-from functools import lru_cache
-from typing import Iterable, Optional, Tuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Dict, Iterable, Iterator, Optional, Tuple, Type
 
 import torch.nn as nn
 
@@ -12,31 +14,85 @@ from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
 
 __all__ = [
-    'LAYER_TYPES', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments', 'rearranges_channels']
+    'LAYER_TYPES', 'REGISTRY', 'LayerType', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments',
+    'rearranges_channels', 'register_layer']
 
-# Suffix of a model's name -> the layer in place of its 3x3 convolutions.
-LAYER_TYPES = {
-    'conv2d': nn.Conv2d,
-    'conv2d_new': CoordConv2d,
-    'convnn': ConvNN2d,
-    'convnn_attn': ConvNNAttention2d,
-    'convnn_branching': Branching2d,
-    'convnn_branching_attn': BranchingAttention2d,
-}
 # What the network, not the user, decides.
-_NETWORK_ARGUMENTS = ('in_channels', 'out_channels', 'stride', 'device', 'dtype')
+_NETWORK_ARGUMENTS = {'in_channels', 'out_channels', 'stride', 'device', 'dtype'}
 
 
-@lru_cache(maxsize=None)
+@dataclass(frozen=True)
+class LayerType:
+    """A layer that may stand in place of a convolution."""
+    name: str  # ending of the names of models
+    cls: Type[nn.Module]
+    kind: str  # words of a model card, after "An image classifier for timm, "
+    same_padding: bool = False  # it is built with the padding that keeps the map's size, whatever the user's `padding`
+    first_convs: Tuple[str, ...] = ('',)  # its modules, '' for itself, that timm can adapt to other input channels
+
+    @cached_property
+    def arguments(self) -> Tuple[str, ...]:
+        """Names of the arguments that a user may choose."""
+        fixed = _NETWORK_ARGUMENTS | ({'padding', 'padding_mode'} if self.same_padding else set())
+        return tuple(name for name in inspect.signature(self.cls).parameters if name not in fixed)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the layer is of this package, not torch's convolution."""
+        return self.cls is not nn.Conv2d
+
+
+class _Classes(Mapping):
+    """The classes of the registered layers, by name."""
+
+    def __getitem__(self, name: str) -> Type[nn.Module]:
+        return REGISTRY[name].cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(REGISTRY)
+
+    def __len__(self) -> int:
+        return len(REGISTRY)
+
+
+REGISTRY: Dict[str, LayerType] = {}
+LAYER_TYPES: Mapping[str, Type[nn.Module]] = _Classes()
+
+
+def register_layer(name: str, cls: Type[nn.Module], kind: str, **options) -> None:
+    """Make a layer known to models, conversion and cards. The options are the fields of `LayerType`."""
+    if name in REGISTRY:
+        raise ValueError(f'there is a layer {name!r} already')
+    REGISTRY[name] = LayerType(name, cls, kind, **options)
+
+
+register_layer('conv2d', nn.Conv2d, 'with convolutions, the baseline of the ConvNN models', same_padding=True)
+register_layer('conv2d_new', CoordConv2d, 'with convolutions that can see coordinates', same_padding=True)
+register_layer('convnn', ConvNN2d, 'whose layers convolve over the most similar positions of the map (ConvNN)')
+register_layer(
+    'convnn_attn', ConvNNAttention2d, 'whose layers attend to the most similar positions of the map (ConvNN attention)',
+    first_convs=('w_v',))
+register_layer(
+    'convnn_branching', Branching2d,
+    'whose layers join a convolution with one over the most similar positions of the map (ConvNN)',
+    first_convs=('branch1', 'branch2'))
+register_layer(
+    'convnn_branching_attn', BranchingAttention2d,
+    'whose layers join a convolution with attention to the most similar positions (ConvNN)',
+    first_convs=('branch1.w_v', 'branch2'))
+
+
+def layer_type(name: str) -> LayerType:
+    """The record of that name."""
+    check_choice('layer', name, tuple(REGISTRY))
+    return REGISTRY[name]
+
+
 def layer_arguments(layer: Optional[str] = None) -> Tuple[str, ...]:
-    """Names of the layer arguments that a model takes as keywords, or those of one layer type."""
+    """Names of the arguments that a layer type takes from the user, or those of all types."""
     if layer is not None:
-        check_choice('layer', layer, tuple(LAYER_TYPES))
-    if layer == 'conv2d':
-        return 'kernel_size', 'dilation', 'groups', 'bias'
-    if layer is not None:
-        return tuple(n for n in inspect.signature(LAYER_TYPES[layer]).parameters if n not in _NETWORK_ARGUMENTS)
-    return tuple(dict.fromkeys(name for layer in LAYER_TYPES for name in layer_arguments(layer)))
+        return layer_type(layer).arguments
+    return tuple(dict.fromkeys(name for record in REGISTRY.values() for name in record.arguments))
 
 
 def first_modules(layer: str, name: str) -> Tuple[str, ...]:
@@ -45,11 +101,7 @@ def first_modules(layer: str, name: str) -> Tuple[str, ...]:
     (Attention projects the input onto itself: such a layer cannot be adapted, and loading it for other channels is an
     error.)
     """
-    return {
-        'convnn_attn': (f'{name}.w_v',),
-        'convnn_branching': (f'{name}.branch1', f'{name}.branch2'),
-        'convnn_branching_attn': (f'{name}.branch1.w_v', f'{name}.branch2'),
-    }.get(layer, (name,))
+    return tuple(f'{name}.{part}'.rstrip('.') for part in layer_type(layer).first_convs)
 
 
 def rearranges_channels(layer: nn.Module) -> bool:
@@ -77,7 +129,7 @@ def create_layer(
 ) -> nn.Module:
     """Create a layer that takes the place of a square convolution.
 
-    All layer types accept the arguments of all, so that a twin is built from the arguments of its pair: a convolution
+    Every layer type accepts the arguments of all, so that a twin is built from the arguments of its pair: a convolution
     ignores K. Convolutions pad dilation * (kernel_size // 2); `padding` is ConvNN's.
 
     Raises:
@@ -85,11 +137,10 @@ def create_layer(
         TypeError: An argument that no layer has.
     """
     check_arguments(layer_args)
-    layer_args = {name: value for name, value in layer_args.items() if name in layer_arguments(layer)}
-    if layer in ('conv2d', 'conv2d_new'):
+    record = layer_type(layer)
+    layer_args = {k: v for k, v in dict(layer_args, kernel_size=kernel_size).items() if k in record.arguments}
+    if record.same_padding:
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, so that the map keeps its size, got {kernel_size}')
         layer_args['padding'] = layer_args.get('dilation', 1) * (kernel_size // 2)
-    if 'kernel_size' in layer_arguments(layer):
-        layer_args['kernel_size'] = kernel_size
-    return LAYER_TYPES[layer](in_channels, out_channels, stride=stride, **layer_args, device=device, dtype=dtype)
+    return record.cls(in_channels, out_channels, stride=stride, **layer_args, device=device, dtype=dtype)
