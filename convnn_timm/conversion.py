@@ -6,7 +6,6 @@
 A converted timm model stays one: timm saves it with what rebuilds it (models/convnn_converted.py).
 """
 import copy
-import math
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,14 +14,14 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from timm.models import get_model_input_config
 
-from .layers import LAYER_TYPES, ConvNN2d, create_layer, layer_arguments
+from .layers.aligned import Aligned
 from .layers.base import check_number
-from .layers.registry import REGISTRY, check_arguments, first_modules, rearranges_channels
-from .layers.script import record_call
+from .layers.from_conv import window_arguments
+from .layers.registry import (
+    REGISTRY, check_arguments, create_layer_for, first_modules, layer_type, rearranges_channels)
 from .macs import count_macs, count_parameters
 
 __all__ = ['ConversionReport', 'convert']
@@ -30,8 +29,6 @@ __all__ = ['ConversionReport', 'convert']
 Where = Union[None, str, Sequence[str], Callable[[str, nn.Module], bool]]
 
 STARTS = ('conv', 'random')
-# Layers that can start as the convolution they replace.
-START_AS_CONV = ('convnn', 'convnn_branching')
 # So much more to compute is hardly meant.
 MANY_TIMES = 10
 # What the convolution, not the caller, decides.
@@ -164,8 +161,9 @@ def _check(layer: str, init: str, layer_args: Dict[str, Any]) -> None:
         pattern = layer_args['shuffle_pattern']
         raise ValueError(f"shuffle_pattern={pattern!r} changes the size of the map: use 'BA' or 'NA'")
     check_number('branch_ratio', layer_args.get('branch_ratio', 0.5), 0, 1)
-    if init == 'conv' and (layer not in START_AS_CONV or shuffled):
-        what = f'{layer} with a pixel shuffle' if layer in START_AS_CONV else layer
+    starts = layer_type(layer).start is not None
+    if init == 'conv' and (shuffled or not starts):
+        what = f'{layer} with a pixel shuffle' if starts else layer
         raise ValueError(f"{what} cannot start from a convolution's weights: choose init='random'")
     if init == 'conv':
         if layer_args.get('neighbor_init', 'random') != 'random':
@@ -189,7 +187,7 @@ def _selects(where: Where, name: str, conv: nn.Module) -> bool:
 
 def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) -> str:
     """Why a layer cannot stand in for a convolution; '' if it can."""
-    (height, width), arguments = conv.kernel_size, layer_arguments(layer)
+    (height, width), arguments = conv.kernel_size, layer_type(layer).arguments
     if height == width == 1:
         return 'a 1 x 1 kernel has no neighbours'
     if height != width:
@@ -315,7 +313,7 @@ def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) 
     """The layer in place of a convolution, which does to the size of a map what that did."""
     new = _create_layer(conv, layer, layer_args, conv.weight.device, conv.weight.dtype)
     if init == 'conv':
-        _start_as(conv, new)
+        layer_type(layer).start(new, conv)
     new.train(conv.training)
     for name, parameter in new.named_parameters():
         source = conv.bias if conv.bias is not None and name.endswith('bias') else conv.weight
@@ -331,129 +329,8 @@ def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) 
 
 
 def _create_layer(conv: nn.Conv2d, layer: str, layer_args: Dict[str, Any], device, dtype=None) -> nn.Module:
-    side, by_location = conv.kernel_size[0], layer_args.get('similarity_type') == 'Loc'
-    # The nearest places form a square of 3 or 5 at its side; a larger window's corners need a disc around it.
-    radius = math.isqrt(2 * (side // 2) ** 2) if by_location else side // 2
-    args = dict(K=len(_disc(side)) if by_location else side ** 2, padding=conv.dilation[0] * radius) | layer_args
-    return create_layer(
-        layer, conv.in_channels, conv.out_channels, stride=conv.stride[0], kernel_size=side, dilation=conv.dilation[0],
-        groups=conv.groups, bias=conv.bias is not None, **args, device=device, dtype=dtype)
-
-
-@torch.no_grad()
-def _start_as(conv: nn.Conv2d, new: nn.Module) -> None:
-    """Give a layer the weights of a convolution."""
-    outputs = torch.arange(conv.out_channels, device=conv.weight.device)
-    if isinstance(new, ConvNN2d):
-        return _copy(conv, new, outputs)
-    # The neighbour branch takes the first outputs of each group; the 1x1 convolution puts them back in order.
-    share = (new.branch1.out_channels if new.branch1 is not None else 0) // conv.groups
-    parts = [part.flatten() for part in outputs.view(conv.groups, -1).tensor_split([share], dim=1)]
-    for branch, part in zip((new.branch1, new.branch2), parts):
-        if branch is not None:
-            _copy(conv, branch, part)
-    if new.pointwise_conv is None:
-        return
-    new.pointwise_conv.weight.zero_()[torch.cat(parts), outputs] = 1
-    if new.pointwise_conv.bias is not None:
-        new.pointwise_conv.bias.zero_()
-
-
-def _copy(conv: nn.Conv2d, branch: nn.Module, outputs: torch.Tensor) -> None:
-    """Give some of a convolution's outputs to a layer."""
-    weight = conv.weight[outputs]
-    if isinstance(branch, ConvNN2d):
-        taps = _taps(conv.kernel_size[0], branch.K, branch.similarity_type == 'Loc')
-        ranks = [rank for rank, tap in enumerate(taps) if tap is not None]
-        branch.weight.zero_()  # of coordinates, and of ranks without a tap
-        branch.weight[:, :weight.shape[1], ranks, 0] = weight.flatten(2)[:, :, [taps[rank] for rank in ranks]]
-    else:
-        branch.weight.copy_(weight)
-    if branch.bias is not None:
-        branch.bias.copy_(conv.bias[outputs])
-
-
-def _taps(side: int, K: int, by_location: bool) -> List[Optional[int]]:
-    """Which tap of the window, in raster order, becomes the weight of each neighbour rank; None for none."""
-    places = sorted((y * y + x * x, y, x) for y, x in _square(max(side, math.isqrt(K)) + 1))
-    if by_location:  # the ranks are the K nearest places, in raster order
-        places = sorted(places[:K], key=lambda place: place[1:])
-    else:
-        places = [place for place in places if max(abs(place[1]), abs(place[2])) <= side // 2]
-    half = side // 2
-    taps = [(y + half) * side + x + half if max(abs(y), abs(x)) <= half else None for _, y, x in places[:K]]
-    return taps + [None] * (K - len(taps))
-
-
-def _square(radius: int) -> List[Tuple[int, int]]:
-    return [(y, x) for y in range(-radius, radius + 1) for x in range(-radius, radius + 1)]
-
-
-def _disc(side: int) -> List[Tuple[int, int]]:
-    """The places that are as near as the corners of a window."""
-    corner = 2 * (side // 2) ** 2
-    return [(y, x) for y, x in _square(math.isqrt(corner)) if y * y + x * x <= corner]
-
-
-class Aligned(nn.Module):
-    """A layer in place of a convolution that pads more or less than half its window.
-
-    The layer's outputs are at the positions 0, stride, 2 stride, ... of its input. Zeros in front of the input shift
-    them to where the convolution's are; what it has no output for is cut off.
-    """
-
-    def __init__(
-            self,
-            layer: nn.Module,
-            kernel_size: int,
-            stride: int,
-            dilation: int,
-            padding: Optional[Tuple[int, int]],
-    ) -> None:
-        """
-        Args:
-            layer: The layer.
-            kernel_size: Side of the convolution's window.
-            stride: Its stride.
-            dilation: Its dilation.
-            padding: Zeros around its input, rows and columns. None for timm's 'same', which depends on the map.
-        """
-        super().__init__()
-        self.layer = layer
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.dilation = dilation
-        self.padding = padding
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if isinstance(x, torch.fx.Proxy):
-                return record_call(self, x)
-        top, bottom, first_row, rows = self.align(x.shape[-2], 0)
-        left, right, first_column, columns = self.align(x.shape[-1], 1)
-        x = self.layer(F.pad(x, (left, right, top, bottom)))
-        return x[..., first_row:first_row + rows, first_column:first_column + columns]
-
-    def align(self, size: int, axis: int) -> Tuple[int, int, int, int]:
-        """Zeros in front and behind, the first output to keep, and how many, of an axis."""
-        window, reach = self.dilation * (self.kernel_size - 1) + 1, self.dilation * (self.kernel_size // 2)
-        padding = self.padding
-        if padding is None:
-            total = max((-(-size // self.stride) - 1) * self.stride + window - size, 0)
-            before = total // 2
-        else:
-            before = padding[axis]
-            total = 2 * before
-        kept = (size + total - window) // self.stride + 1
-        if kept < 1:
-            raise ValueError(f'the window of {window} does not fit into {size} positions with {total} of padding')
-        front = before - reach if before > reach else (before - reach) % self.stride
-        first = (front + reach - before) // self.stride
-        return front, max((first + kept - 1) * self.stride + 1 - front - size, 0), first, kept
-
-    def extra_repr(self) -> str:
-        padding = "'same'" if self.padding is None else self.padding
-        return f'kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, padding={padding}'
+    args = window_arguments(conv, by_location=layer_args.get('similarity_type') == 'Loc')
+    return create_layer_for(conv, layer, **{**args, **layer_args}, device=device, dtype=dtype)
 
 
 # The model around them
@@ -497,7 +374,7 @@ def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequenc
     layer = dict(model.named_modules()).get(name)  # none in a feature extractor, which has others
     if isinstance(layer, Aligned):
         layer, name = layer.layer, f'{name}.layer'
-    if not isinstance(layer, LAYER_TYPES[conversion['layer']]):
+    if not isinstance(layer, layer_type(conversion['layer']).cls):
         return [name]
     return [] if rearranges_channels(layer) else first_modules(conversion['layer'], name)
 

@@ -11,7 +11,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, 
 import torch
 import torch.nn as nn
 
-from convnn_timm.conversion import Aligned
+from convnn_timm.layers.aligned import Aligned
 from convnn_timm.layers.base import NeighborLayer
 from convnn_timm.macs import evaluation_mode
 

@@ -3,7 +3,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Dict, Iterable, Iterator, Optional, Tuple, Type
+from typing import Callable, Dict, Iterable, Iterator, Optional, Tuple, Type
 
 import torch.nn as nn
 
@@ -12,10 +12,11 @@ from .base import check_choice
 from .branching import Branching2d, BranchingAttention2d
 from .convnn import ConvNN2d
 from .coord_conv import CoordConv2d
+from .from_conv import start_branching, start_convnn
 
 __all__ = [
-    'LAYER_TYPES', 'REGISTRY', 'LayerType', 'check_arguments', 'create_layer', 'first_modules', 'layer_arguments',
-    'rearranges_channels', 'register_layer']
+    'LAYER_TYPES', 'REGISTRY', 'LayerType', 'check_arguments', 'create_layer', 'create_layer_for', 'first_modules',
+    'layer_arguments', 'layer_type', 'rearranges_channels', 'register_layer']
 
 # What the network, not the user, decides.
 _NETWORK_ARGUMENTS = {'in_channels', 'out_channels', 'stride', 'device', 'dtype'}
@@ -29,6 +30,7 @@ class LayerType:
     kind: str  # words of a model card, after "An image classifier for timm, "
     same_padding: bool = False  # it is built with the padding that keeps the map's size, whatever the user's `padding`
     first_convs: Tuple[str, ...] = ('',)  # its modules, '' for itself, that timm can adapt to other input channels
+    start: Optional[Callable[[nn.Module, nn.Conv2d], None]] = None  # gives it the weights of a convolution
 
     @cached_property
     def arguments(self) -> Tuple[str, ...]:
@@ -68,14 +70,15 @@ def register_layer(name: str, cls: Type[nn.Module], kind: str, **options) -> Non
 
 register_layer('conv2d', nn.Conv2d, 'with convolutions, the baseline of the ConvNN models', same_padding=True)
 register_layer('conv2d_new', CoordConv2d, 'with convolutions that can see coordinates', same_padding=True)
-register_layer('convnn', ConvNN2d, 'whose layers convolve over the most similar positions of the map (ConvNN)')
+register_layer(
+    'convnn', ConvNN2d, 'whose layers convolve over the most similar positions of the map (ConvNN)', start=start_convnn)
 register_layer(
     'convnn_attn', ConvNNAttention2d, 'whose layers attend to the most similar positions of the map (ConvNN attention)',
     first_convs=('w_v',))
 register_layer(
     'convnn_branching', Branching2d,
     'whose layers join a convolution with one over the most similar positions of the map (ConvNN)',
-    first_convs=('branch1', 'branch2'))
+    first_convs=('branch1', 'branch2'), start=start_branching)
 register_layer(
     'convnn_branching_attn', BranchingAttention2d,
     'whose layers join a convolution with attention to the most similar positions (ConvNN)',
@@ -144,3 +147,16 @@ def create_layer(
             raise ValueError(f'kernel_size must be odd, so that the map keeps its size, got {kernel_size}')
         layer_args['padding'] = layer_args.get('dilation', 1) * (kernel_size // 2)
     return record.cls(in_channels, out_channels, stride=stride, **layer_args, device=device, dtype=dtype)
+
+
+def create_layer_for(conv: nn.Conv2d, layer: str, device=None, dtype=None, **layer_args) -> nn.Module:
+    """Create the layer that takes the place of a convolution.
+
+    Its channels, stride, window, groups and bias are the convolution's, unless `layer_args` name others. A dilation
+    among these multiplies the convolution's.
+    """
+    geometry = dict(kernel_size=conv.kernel_size[0], groups=conv.groups, bias=conv.bias is not None)
+    dilation = conv.dilation[0] * layer_args.get('dilation', 1)
+    return create_layer(
+        layer, conv.in_channels, conv.out_channels, stride=conv.stride[0], device=device, dtype=dtype,
+        **{**geometry, **layer_args, 'dilation': dilation})

@@ -13,8 +13,9 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from convnn_timm.layers import create_layer, layer_arguments
+from convnn_timm.layers import layer_arguments
 from convnn_timm.layers.base import check_choice
+from convnn_timm.layers.registry import create_layer_for
 from ._common import (
     add_input_noise, build_model, check_fits, check_known, cifar_cfg, imagenet_cfg, init_convnn_weights)
 from ._weights import with_weights
@@ -39,13 +40,9 @@ class _ConvNNBlock(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(inplanes, planes, stride, downsample, **kwargs, **dd)
-        layer_args = {'bias': False, **(layer_args or {})}  # BatchNorm follows
         for name, conv in list(self.named_children()):
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
-                dilation = conv.dilation[0] * layer_args.get('dilation', 1)
-                setattr(self, name, create_layer(
-                    layer, conv.in_channels, conv.out_channels, stride=conv.stride[0],
-                    **dict(layer_args, dilation=dilation), **dd))
+                setattr(self, name, create_layer_for(conv, layer, **(layer_args or {}), **dd))
 
 
 class ConvNNBasicBlock(_ConvNNBlock, BasicBlock):

@@ -13,8 +13,8 @@ import torch.nn as nn
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vgg import VGG, cfgs
 
-from convnn_timm.layers import convert_original_state_dict, create_layer
-from convnn_timm.layers.registry import first_modules, rearranges_channels
+from convnn_timm.layers import convert_original_state_dict
+from convnn_timm.layers.registry import create_layer_for, first_modules, rearranges_channels
 from ._common import (
     add_input_noise, build_model, check_fits, check_known, cifar_cfg, imagenet_cfg, init_convnn_weights)
 from ._weights import with_weights
@@ -26,16 +26,17 @@ def _create_conv(
         in_channels: int,
         out_channels: int,
         kernel_size: int,
-        padding: int = 0,
-        bias: bool = True,
         layer: str = 'convnn',
         layer_args: Optional[Dict[str, Any]] = None,
-        **dd,
+        device=None,
+        dtype=None,
+        **kwargs,
 ) -> nn.Module:
-    """A convolution of the network: of the features (3x3) the layer in its place, of the classifier itself."""
+    """A convolution of the network: in the classifier itself, in the features (3x3) the layer that takes its place."""
+    conv = partial(nn.Conv2d, in_channels, out_channels, kernel_size, **kwargs)
     if kernel_size != 3:
-        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, **dd)
-    return create_layer(layer, in_channels, out_channels, **(layer_args or {}), **dd)
+        return conv(device=device, dtype=dtype)
+    return create_layer_for(conv(device='meta'), layer, **(layer_args or {}), device=device, dtype=dtype)
 
 
 class ConvNNVGG(VGG):
