@@ -23,6 +23,7 @@ from convnn_timm.conversion import convert
 from convnn_timm.layers import layer_arguments
 from convnn_timm.layers.registry import REGISTRY
 from convnn_timm.macs import count_macs, count_parameters
+from convnn_timm.models._common import layer_of
 from convnn_timm.models._weights import WeightsError, find_entry, namespace, split_revision
 from convnn_timm.train.flags import defaults
 from convnn_timm.train.data import EVAL_SPLITS
@@ -131,11 +132,6 @@ def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
     return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
 
 
-def layer_of(architecture: str) -> str:
-    """The layer in a model's name, a key of the registry; 'converted' for another network's, which has none."""
-    return architecture.partition('_')[2].removesuffix('_224')
-
-
 def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     """A model's arguments without those of other layers, which its own take and ignore."""
     ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in REGISTRY else set()
@@ -186,7 +182,7 @@ class Card:
 
     @property
     def layer(self) -> str:
-        """What stands for the 3x3 convolutions."""
+        """What stands for the 3x3 convolutions; 'converted', which is no layer, in another network."""
         return layer_of(self.config['architecture'])
 
     @property

@@ -35,7 +35,7 @@ class LayerType:
     @cached_property
     def arguments(self) -> Tuple[str, ...]:
         """Names of the arguments that a user may choose."""
-        fixed = _NETWORK_ARGUMENTS | ({'padding', 'padding_mode'} if self.same_padding else set())
+        fixed = _NETWORK_ARGUMENTS | (set() if self.is_own else {'padding', 'padding_mode'})
         return tuple(name for name in inspect.signature(self.cls).parameters if name not in fixed)
 
     @property

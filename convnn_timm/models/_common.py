@@ -15,13 +15,18 @@ from ._weights import WeightsError, find_weights, hub_id, local_file, named_entr
 
 __all__ = [
     'add_input_noise', 'build_model', 'cifar_cfg', 'check_fits', 'check_known', 'imagenet_cfg', 'init_convnn_weights',
-    'unknown_model']
+    'layer_of', 'unknown_model']
 
 # Arguments that decide how a training starts and goes, not what the trained network computes; and the number of
 # classes, to which timm adapts weights.
 NOT_OF_THE_WEIGHTS = {
     'num_classes', 'device', 'dtype', 'neighbor_init', 'zero_init_last', 'attention_dropout',
     'drop_rate', 'drop_path_rate', 'drop_block_rate', 'input_noise'}
+
+
+def layer_of(architecture: str) -> str:
+    """The layer that the name of an architecture ends with."""
+    return architecture.partition('_')[2].removesuffix('_224')
 
 
 def check_known(kwargs: Dict[str, Any], network: Type[nn.Module]) -> None:
@@ -105,7 +110,6 @@ def imagenet_cfg(**kwargs) -> Dict[str, Any]:
 def build_model(
         network: Type[nn.Module],
         variant: str,
-        layer: str,
         pretrained: bool,
         model_args: Dict[str, Any],
         kwargs: Dict[str, Any],
@@ -115,8 +119,7 @@ def build_model(
 
     Args:
         network: Class of the model.
-        variant: Name of the architecture.
-        layer: One of `convnn_timm.layers.LAYER_TYPES`.
+        variant: Name of the architecture, which ends with a layer's.
         pretrained: Load weights, those of the name or those that `kwargs` name.
         model_args: Arguments that the architecture has where the caller chooses no others.
         kwargs: Arguments of the caller.
@@ -126,6 +129,7 @@ def build_model(
         WeightsError: The weights cannot be found, or are those of another network.
         TypeError: An argument that neither the layers nor the network has.
     """
+    layer = layer_of(variant)
     if 'layer' in kwargs:
         raise TypeError(f'{variant} has {layer} layers, as its name says: for others create the model of that name')
     model_args = _beside(model_args, kwargs)

@@ -1,8 +1,8 @@
 """ResNet with ConvNN layers in place of the 3x3 convolutions of its blocks.
 
-On timm's ResNet. For small images: 3x3 stem, no max-pool, strides 1, 2, 2, 2. The models `..._224`: timm's 7x7 stem and
-max-pool. The models `..._convnn_branching` are in the form that trains best, `PUBLISHED_FORM`; the paper's is
-`sampling_type='all', branch_ratio=0.5, branch_mix=True, neighbor_init='random'`.
+The networks are timm's ResNets: for small images with a 3x3 stem, no max-pool and strides 1, 2, 2, 2; those that end
+with `_224` with timm's 7x7 stem and max-pool. Models with `convnn_branching` layers are in the form that trains best,
+`PUBLISHED_FORM`; the paper's is `sampling_type='all', branch_ratio=0.5, branch_mix=True, neighbor_init='random'`.
 
 Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
@@ -84,8 +84,8 @@ class ConvNNResNet(ResNet):
                 last of them by default. Layers beyond it are dilated instead (neighbours by feature ignore that).
             input_noise: Standard deviation of the noise that `forward` alone adds to (normalised) images in training.
             zero_init_last: Start the last norm of each block at zero, which silences the block. That costs the first
-                epochs: after three, 64.5 against 75.3 top-1 on CIFAR-10 (train_scripts/results/search, e3_conv2d and
-                e3_conv2d_active).
+                epochs: after three, 64.5 against 75.3 top-1 on CIFAR-10 (e3_conv2d and e3_conv2d_active in
+                train_scripts/results/search.csv).
             block_args: Further arguments of the blocks.
             **kwargs: Arguments of timm's ResNet, except those of stem and cardinality, which are fixed.
 
@@ -133,12 +133,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return cifar_cfg(first_conv='conv1', classifier='fc', pool_size=(4, 4), min_input_size=(3, 8, 8), **kwargs)
+def _cfg() -> Dict[str, Any]:
+    return cifar_cfg(first_conv='conv1', classifier='fc', pool_size=(4, 4), min_input_size=(3, 8, 8))
 
 
-def _cfg_224(**kwargs) -> Dict[str, Any]:
-    return imagenet_cfg(first_conv='conv1', classifier='fc', pool_size=(7, 7), min_input_size=(3, 32, 32), **kwargs)
+def _cfg_224() -> Dict[str, Any]:
+    return imagenet_cfg(first_conv='conv1', classifier='fc', pool_size=(7, 7), min_input_size=(3, 32, 32))
 
 
 default_cfgs = generate_default_cfgs(with_weights({
@@ -159,49 +159,39 @@ default_cfgs = generate_default_cfgs(with_weights({
     'resnet50_convnn_branching_224': _cfg_224(),
 }))
 
-# The form of the branching layers that trains best, found in short runs on held-out images: see
-# train_scripts/results/search, whose runs are named in brackets.
+LAYERS = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3)}
+# The form of the branching layers that trains best. Figures are top-1 of held-out images after short trainings, whose
+# names in train_scripts/results/search.csv stand in brackets.
 PUBLISHED_FORM = dict(
-    # The more outputs come from neighbours, the more slowly the network learns: after an epoch at quarter width 65.2
-    # top-1 for the convolution, 61.8 at 0.125, 59.2 at 0.25 (q1_*_muon3).
+    # The more outputs come from neighbours, the more slowly the network learns. After an epoch at quarter width: 61.8
+    # at 0.125, 59.2 at 0.25, 65.2 for the convolution (q1_*_muon3).
     branch_ratio=0.125,
-    # The branches stand side by side, and the next layer mixes them. The 1x1 convolution that mixes them in the paper
-    # is what costs most, even if it starts as the identity, behind a norm: in twelve epochs at half width, on half of
-    # the images, 84.7 top-1 with it (84.9 without any neighbours, K=1), 86.0 without it, 86.1 for the convolution
-    # (h32_hybrid*, h32_reflect_off9; one seed).
+    # The branches stand side by side, and the next layer mixes them. The paper's 1x1 convolution costs most. After
+    # twelve epochs at half width, on half of the images: 84.7 with it, 84.9 with it but without neighbours (K=1), 86.0
+    # without it, 86.1 for the convolution (h32_hybrid*, h32_reflect_off9; one seed).
     branch_mix=False,
-    # Neighbours are chosen by features not yet learned, and cost most at first: at 0.25, without any (K=1), those 59.2
-    # would be 62.7. So they start silent: at 0.125 that gave 64.1 and 65.0 with two seeds, the convolution 65.6 and
-    # 64.7. All tokens instead of 32 as candidates change nothing: 64.2 (q1_*_float32).
+    # Neighbours are first chosen by features not yet learned, so they start silent. After an epoch at 0.125, two seeds
+    # each: 64.1 and 65.0, the convolution 65.6 and 64.7. All tokens as candidates instead of 32: 64.2 (q1_*_float32).
     neighbor_init='zero',
-    # 32 random tokens, drawn anew for every batch, cost little to search. In the authors' logs of VGG-11 64 of 1024
-    # lose little (82.1 top-1 by cosine, 82.8 by distance; all 82.4 and 83.2; repetitions differ by 0.4), 16 lose
-    # nothing by cosine (82.5) and 1.3 by distance.
+    # 32 random tokens, drawn anew for every batch, cost little to search. In the authors' logs of VGG-11, 64 of 1024
+    # reach 82.1 by cosine and 82.8 by distance, all reach 82.4 and 83.2; repetitions differ by 0.4.
     sampling_type='random',
     num_samples=32,
 )
 
 
-def _create_convnn_resnet(
-        variant: str,
-        layer: str,
-        pretrained: bool,
-        model_args: Dict[str, Any],
-        kwargs: Dict[str, Any],
-) -> ConvNNResNet:
-    large = variant.endswith('_224')
+def _create_convnn_resnet(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args) -> ConvNNResNet:
+    backbone, large = variant.partition('_')[0], variant.endswith('_224')
     if 'branch_mix' not in kwargs.get('pretrained_model_args', PUBLISHED_FORM):  # saved when the paper's was the form
-        model_args = {name: value for name, value in model_args.items() if name not in PUBLISHED_FORM}
-        model_args.update(dict(sampling_type='spatial', num_samples=8) if large else {})
+        model_args = dict(sampling_type='spatial', num_samples=8) if large else {}
     return build_model(
         ConvNNResNet,
         variant,
-        layer,
         pretrained,
-        model_args,
+        dict(layers=LAYERS[backbone], **model_args),
         kwargs,
         pretrained_filter_fn=checkpoint_filter_fn,
-        block=ConvNNBottleneck if variant.startswith('resnet50') else ConvNNBasicBlock,
+        block=ConvNNBottleneck if backbone == 'resnet50' else ConvNNBasicBlock,
         small_stem=not large,
     )
 
@@ -209,105 +199,88 @@ def _create_convnn_resnet(
 @register_model
 def resnet18_conv2d(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: convolutions, the twin of the ConvNN networks."""
-    model_args = dict(layers=(2, 2, 2, 2))
-    return _create_convnn_resnet('resnet18_conv2d', 'conv2d', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_conv2d', pretrained, kwargs)
 
 
 @register_model
 def resnet18_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: convolutions that can see coordinates."""
-    model_args = dict(layers=(2, 2, 2, 2))
-    return _create_convnn_resnet('resnet18_conv2d_new', 'conv2d_new', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def resnet18_convnn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: convolution over nearest neighbours."""
-    model_args = dict(layers=(2, 2, 2, 2))
-    return _create_convnn_resnet('resnet18_convnn', 'convnn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_convnn', pretrained, kwargs)
 
 
 @register_model
 def resnet18_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: attention to nearest neighbours."""
-    model_args = dict(layers=(2, 2, 2, 2))
-    return _create_convnn_resnet('resnet18_convnn_attn', 'convnn_attn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def resnet18_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: convolution and ConvNN side by side."""
-    model_args = dict(layers=(2, 2, 2, 2), **PUBLISHED_FORM)
-    return _create_convnn_resnet('resnet18_convnn_branching', 'convnn_branching', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_convnn_branching', pretrained, kwargs, **PUBLISHED_FORM)
 
 
 @register_model
 def resnet18_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for small images: convolution and ConvNN attention, mixed."""
-    model_args = dict(layers=(2, 2, 2, 2))
-    return _create_convnn_resnet(
-        'resnet18_convnn_branching_attn', 'convnn_branching_attn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def resnet34_conv2d(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: convolutions, the twin of the ConvNN networks."""
-    model_args = dict(layers=(3, 4, 6, 3))
-    return _create_convnn_resnet('resnet34_conv2d', 'conv2d', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_conv2d', pretrained, kwargs)
 
 
 @register_model
 def resnet34_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: convolutions that can see coordinates."""
-    model_args = dict(layers=(3, 4, 6, 3))
-    return _create_convnn_resnet('resnet34_conv2d_new', 'conv2d_new', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def resnet34_convnn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: convolution over nearest neighbours."""
-    model_args = dict(layers=(3, 4, 6, 3))
-    return _create_convnn_resnet('resnet34_convnn', 'convnn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_convnn', pretrained, kwargs)
 
 
 @register_model
 def resnet34_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: attention to nearest neighbours."""
-    model_args = dict(layers=(3, 4, 6, 3))
-    return _create_convnn_resnet('resnet34_convnn_attn', 'convnn_attn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def resnet34_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: convolution and ConvNN side by side."""
-    model_args = dict(layers=(3, 4, 6, 3), **PUBLISHED_FORM)
-    return _create_convnn_resnet('resnet34_convnn_branching', 'convnn_branching', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_convnn_branching', pretrained, kwargs, **PUBLISHED_FORM)
 
 
 @register_model
 def resnet34_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for small images: convolution and ConvNN attention, mixed."""
-    model_args = dict(layers=(3, 4, 6, 3))
-    return _create_convnn_resnet(
-        'resnet34_convnn_branching_attn', 'convnn_branching_attn', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def resnet18_convnn_branching_224(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-18 for 224x224 images: convolution and ConvNN side by side."""
-    model_args = dict(layers=(2, 2, 2, 2), **PUBLISHED_FORM)
-    return _create_convnn_resnet('resnet18_convnn_branching_224', 'convnn_branching', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet18_convnn_branching_224', pretrained, kwargs, **PUBLISHED_FORM)
 
 
 @register_model
 def resnet34_convnn_branching_224(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-34 for 224x224 images: convolution and ConvNN side by side."""
-    model_args = dict(layers=(3, 4, 6, 3), **PUBLISHED_FORM)
-    return _create_convnn_resnet('resnet34_convnn_branching_224', 'convnn_branching', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet34_convnn_branching_224', pretrained, kwargs, **PUBLISHED_FORM)
 
 
 @register_model
 def resnet50_convnn_branching_224(pretrained: bool = False, **kwargs) -> ConvNNResNet:
     """ResNet-50 for 224x224 images: convolution and ConvNN side by side."""
-    model_args = dict(layers=(3, 4, 6, 3), **PUBLISHED_FORM)
-    return _create_convnn_resnet('resnet50_convnn_branching_224', 'convnn_branching', pretrained, model_args, kwargs)
+    return _create_convnn_resnet('resnet50_convnn_branching_224', pretrained, kwargs, **PUBLISHED_FORM)

@@ -1,12 +1,12 @@
 """VGG with ConvNN layers in place of its 3x3 convolutions.
 
-On timm's VGG (with BatchNorm), at 32x32 as in the paper. `vgg11_convnn_branching_224` is the same network for 224x224
-images, with sampled candidates.
+The networks are timm's VGGs with BatchNorm, for 32x32 images as in the paper. `vgg11_convnn_branching_224` is for
+224x224 images and samples its candidates.
 
 Paper: `Attention Via Convolutional Nearest Neighbors` - https://arxiv.org/abs/2511.14137
 """
 from functools import partial
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -111,10 +111,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Refuse first weights for another number of channels where timm would adapt them to these wrongly.
+    """Refuse weights for another number of input channels where timm would adapt them wrongly.
 
     Raises:
-        RuntimeError: The first layer has them in another order, shuffled, or sees coordinates too.
+        RuntimeError: The first layer shuffles pixels or sees coordinates.
     """
     own = {f'features.0.{name}': value.shape for name, value in model.features[0].state_dict().items()}
     if rearranges_channels(model.features[0]) and any(
@@ -124,15 +124,9 @@ def check_channels(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Non
             'input channels')
 
 
-def _cfg(layer: str) -> Dict[str, Any]:
-    return cifar_cfg(
-        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(1, 1),
-        min_input_size=(3, 32, 32))
-
-
-def _cfg_224(layer: str) -> Dict[str, Any]:
-    return imagenet_cfg(
-        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(7, 7),
+def _cfg(layer: str, base: Callable[..., Dict[str, Any]] = cifar_cfg, side: int = 1) -> Dict[str, Any]:
+    return base(
+        first_conv=first_modules(layer, 'features.0'), classifier='head.fc', pool_size=(side, side),
         min_input_size=(3, 32, 32))
 
 
@@ -161,25 +155,18 @@ default_cfgs = generate_default_cfgs(with_weights({
     'vgg19_convnn_attn.cifar10': _cfg('convnn_attn'),
     'vgg19_convnn_branching.cifar10': _cfg('convnn_branching'),
     'vgg19_convnn_branching_attn.cifar10': _cfg('convnn_branching_attn'),
-    'vgg11_convnn_branching_224': _cfg_224('convnn_branching'),
+    'vgg11_convnn_branching_224': _cfg('convnn_branching', imagenet_cfg, 7),
 }))
 
 
-def _create_convnn_vgg(
-        variant: str,
-        layer: str,
-        pretrained: bool,
-        kwargs: Dict[str, Any],
-        model_args: Optional[Dict[str, Any]] = None,
-) -> ConvNNVGG:
+def _create_convnn_vgg(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args) -> ConvNNVGG:
     kwargs = dict(kwargs)
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3, 4, 5))
     return build_model(
         ConvNNVGG,
         variant,
-        layer,
         pretrained,
-        model_args or {},
+        model_args,
         kwargs,
         pretrained_filter_fn=checkpoint_filter_fn,
         model_cfg=cfgs[variant.partition('_')[0]],
@@ -190,152 +177,150 @@ def _create_convnn_vgg(
 @register_model
 def vgg11_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: convolutions, the twin of the ConvNN networks."""
-    return _create_convnn_vgg('vgg11_conv2d', 'conv2d', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_conv2d', pretrained, kwargs)
 
 
 @register_model
 def vgg11_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: convolutions that can see coordinates."""
-    return _create_convnn_vgg('vgg11_conv2d_new', 'conv2d_new', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def vgg11_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: convolution over nearest neighbours."""
-    return _create_convnn_vgg('vgg11_convnn', 'convnn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_convnn', pretrained, kwargs)
 
 
 @register_model
 def vgg11_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: attention to nearest neighbours."""
-    return _create_convnn_vgg('vgg11_convnn_attn', 'convnn_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg11_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: convolution and ConvNN, mixed."""
-    return _create_convnn_vgg('vgg11_convnn_branching', 'convnn_branching', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_convnn_branching', pretrained, kwargs)
 
 
 @register_model
 def vgg11_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-11 for small images: convolution and ConvNN attention, mixed."""
-    return _create_convnn_vgg('vgg11_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg11_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg13_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: convolutions, the twin of the ConvNN networks."""
-    return _create_convnn_vgg('vgg13_conv2d', 'conv2d', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_conv2d', pretrained, kwargs)
 
 
 @register_model
 def vgg13_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: convolutions that can see coordinates."""
-    return _create_convnn_vgg('vgg13_conv2d_new', 'conv2d_new', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def vgg13_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: convolution over nearest neighbours."""
-    return _create_convnn_vgg('vgg13_convnn', 'convnn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_convnn', pretrained, kwargs)
 
 
 @register_model
 def vgg13_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: attention to nearest neighbours."""
-    return _create_convnn_vgg('vgg13_convnn_attn', 'convnn_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg13_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: convolution and ConvNN, mixed."""
-    return _create_convnn_vgg('vgg13_convnn_branching', 'convnn_branching', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_convnn_branching', pretrained, kwargs)
 
 
 @register_model
 def vgg13_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-13 for small images: convolution and ConvNN attention, mixed."""
-    return _create_convnn_vgg('vgg13_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg13_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg16_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: convolutions, the twin of the ConvNN networks."""
-    return _create_convnn_vgg('vgg16_conv2d', 'conv2d', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_conv2d', pretrained, kwargs)
 
 
 @register_model
 def vgg16_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: convolutions that can see coordinates."""
-    return _create_convnn_vgg('vgg16_conv2d_new', 'conv2d_new', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def vgg16_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: convolution over nearest neighbours."""
-    return _create_convnn_vgg('vgg16_convnn', 'convnn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_convnn', pretrained, kwargs)
 
 
 @register_model
 def vgg16_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: attention to nearest neighbours."""
-    return _create_convnn_vgg('vgg16_convnn_attn', 'convnn_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg16_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: convolution and ConvNN, mixed."""
-    return _create_convnn_vgg('vgg16_convnn_branching', 'convnn_branching', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_convnn_branching', pretrained, kwargs)
 
 
 @register_model
 def vgg16_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-16 for small images: convolution and ConvNN attention, mixed."""
-    return _create_convnn_vgg('vgg16_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg16_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg19_conv2d(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: convolutions, the twin of the ConvNN networks."""
-    return _create_convnn_vgg('vgg19_conv2d', 'conv2d', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_conv2d', pretrained, kwargs)
 
 
 @register_model
 def vgg19_conv2d_new(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: convolutions that can see coordinates."""
-    return _create_convnn_vgg('vgg19_conv2d_new', 'conv2d_new', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_conv2d_new', pretrained, kwargs)
 
 
 @register_model
 def vgg19_convnn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: convolution over nearest neighbours."""
-    return _create_convnn_vgg('vgg19_convnn', 'convnn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_convnn', pretrained, kwargs)
 
 
 @register_model
 def vgg19_convnn_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: attention to nearest neighbours."""
-    return _create_convnn_vgg('vgg19_convnn_attn', 'convnn_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_convnn_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg19_convnn_branching(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: convolution and ConvNN, mixed."""
-    return _create_convnn_vgg('vgg19_convnn_branching', 'convnn_branching', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_convnn_branching', pretrained, kwargs)
 
 
 @register_model
 def vgg19_convnn_branching_attn(pretrained: bool = False, **kwargs) -> ConvNNVGG:
     """VGG-19 for small images: convolution and ConvNN attention, mixed."""
-    return _create_convnn_vgg('vgg19_convnn_branching_attn', 'convnn_branching_attn', pretrained, kwargs)
+    return _create_convnn_vgg('vgg19_convnn_branching_attn', pretrained, kwargs)
 
 
 @register_model
 def vgg11_convnn_branching_224(pretrained: bool = False, **kwargs) -> ConvNNVGG:
-    """VGG-11 for 224x224 images: convolution and ConvNN, mixed, with a grid of 8x8 candidates.
-
-    The first map has 50176 tokens, too many to compare each with all.
-    """
-    model_args = dict(sampling_type='spatial', num_samples=8)
-    return _create_convnn_vgg('vgg11_convnn_branching_224', 'convnn_branching', pretrained, kwargs, model_args)
+    """VGG-11 for 224x224 images: convolution and ConvNN, mixed, with a grid of 8x8 candidates."""
+    # The first map has 50176 tokens, too many to compare each with all.
+    return _create_convnn_vgg(
+        'vgg11_convnn_branching_224', pretrained, kwargs, sampling_type='spatial', num_samples=8)
