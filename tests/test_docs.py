@@ -1,4 +1,4 @@
-"""What README and docs/ say runs: their Python blocks, commands, tables and links."""
+"""What README, CONTRIBUTING and docs/ say runs: their Python blocks, commands, tables and links."""
 import inspect
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ from convnn_timm.macs import count_macs
 from convnn_timm.train.engine import build_parser as build_train_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+FILES = ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *ROOT.glob('docs/*.md')
+PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in FILES}
 README = PAGES['README.md']
 
 AUTHORS_FLAGS = """

@@ -11,13 +11,11 @@ from timm.models import group_parameters, resolve_model_input_args, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import convnn_timm  # noqa: F401, registers the models
-from convnn_timm.layers import LAYER_TYPES, Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
+from convnn_timm.layers import Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
 from convnn_timm.models._weights import WeightsError
 from convnn_timm.train.flags import parse_args
+from names import ALL as NAMES, LARGE as NAMES_224, VARIANTS
 
-NAMES = [f'{depth}_{layer}' for depth in ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
-         for layer in LAYER_TYPES]
-NAMES_224 = [f'{depth}_convnn_branching_224' for depth in ('resnet18', 'resnet34', 'resnet50', 'vgg11')]
 NARROW = dict(channels=(16, 16, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
 
 
@@ -184,7 +182,7 @@ def test_a_training_step_at_224_pixels_fits_in_8_gb(name):
     assert done.returncode == 0 and float(done.stdout) < 8, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize('layer', LAYER_TYPES)
+@pytest.mark.parametrize('layer', VARIANTS)
 def test_every_parameter_of_a_resnet_gets_a_gradient(layer):
     model = timm.create_model(f'resnet18_{layer}', drop_path_rate=0.1, drop_rate=0.1, **NARROW)
     model(images(4)).square().sum().backward()

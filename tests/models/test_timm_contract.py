@@ -18,12 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from names import ALL, LARGE
 from timm_plugin import NEED_WEIGHTS, stands_for
 
-VARIANTS = ('conv2d', 'conv2d_new', 'convnn', 'convnn_attn', 'convnn_branching', 'convnn_branching_attn')
-BACKBONES = ('vgg11', 'vgg13', 'vgg16', 'vgg19', 'resnet18', 'resnet34')
-ALL = [f'{backbone}_{variant}' for backbone in BACKBONES for variant in VARIANTS]
-LARGE = [f'{backbone}_convnn_branching_224' for backbone in ('resnet18', 'resnet34', 'resnet50', 'vgg11')]
 DEFAULT = ['vgg11_convnn_branching', 'resnet18_convnn_branching']
 
 
