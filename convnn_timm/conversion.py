@@ -1,9 +1,9 @@
-"""ConvNN layers in place of the convolutions of any network, from where these stand or from new.
+"""ConvNN layers in place of the convolutions of any network, with the weights of these or with new ones.
 
     model = timm.create_model('resnet50', pretrained=True)
     print(convnn_timm.convert(model, where='layer3.*', branch_ratio=0.25))
 
-A converted timm model stays one: timm saves it with what rebuilds it (models/convnn_converted.py).
+A converted timm model stays a timm model: what timm saves of it rebuilds it (models/convnn_converted.py).
 """
 import copy
 import warnings
@@ -29,11 +29,10 @@ __all__ = ['ConversionReport', 'convert']
 Where = Union[None, str, Sequence[str], Callable[[str, nn.Module], bool]]
 
 STARTS = ('conv', 'random')
-# So much more to compute is hardly meant.
-MANY_TIMES = 10
+MANY_TIMES = 10  # a network that costs so many times more is warned of
 # What the convolution, not the caller, decides.
 FROM_CONV = ('kernel_size', 'stride', 'dilation', 'groups', 'bias')
-# What timm.utils.reparameterize_model calls; it takes the first that a module has.
+# Methods that timm.utils.reparameterize_model calls: of each module the first that it has.
 REPARAMETERIZE = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
@@ -42,10 +41,10 @@ class ConversionReport:
     """What `convert` did."""
     layer: str
     replaced: List[str] = field(default_factory=list)  # names of modules
-    skipped: Dict[str, str] = field(default_factory=dict)  # names of convolutions, and why they are still there
+    skipped: Dict[str, str] = field(default_factory=dict)  # names of convolutions that stay, and why
     parameters: Tuple[int, int] = (0, 0)  # before and after
-    macs: Optional[Tuple[int, int]] = None  # before and after; None for a model that tells no size of its images
-    input_size: Optional[Tuple[int, int, int]] = None  # that the multiply-accumulates are counted for
+    macs: Optional[Tuple[int, int]] = None  # before and after; None if the model does not say how large its images are
+    input_size: Optional[Tuple[int, int, int]] = None  # of the image for which macs are counted
 
     def __str__(self) -> str:
         before, after = self.parameters
@@ -67,25 +66,28 @@ def convert(
 ) -> ConversionReport:
     """Replace convolutions of a network, in place, by ConvNN layers.
 
-    Replaces square convolutions with odd kernels, 3 x 3 or larger. Their stride, padding, dilation, groups and
-    bias are kept, so every map keeps its size. A grouped convolution becomes a branching layer only if each group's
-    outputs can be divided between the branches; a depthwise one never can, use 'convnn' for it. What cannot be replaced
-    stays, and the report says why. So do convolutions that share a parameter with another module, and those that
-    reparameterisation will fold into others: `model = timm.utils.reparameterize_model(model)` first, then convert.
-    (timm cannot rebuild a reparameterised model by its name: keep the code that made it, and load its weights there.)
+    Square convolutions with odd kernels, 3 x 3 or larger, are replaced. Stride, padding, dilation, groups and bias are
+    kept, so every map keeps its size. A grouped convolution becomes a branching layer only if the branches can divide
+    the outputs of each group. A depthwise one cannot be divided: use 'convnn' for it.
+
+    What cannot be replaced stays, and the report says why. Convolutions that share a parameter with another module stay
+    too, and those that reparameterisation will fold into others: reparameterise first
+    (`model = timm.utils.reparameterize_model(model)`), then convert. (timm cannot rebuild a reparameterised model by
+    its name: keep the code that made it, and load its weights there.)
 
     Args:
         model: Any network; a timm model stays one in all respects.
         layer: One of `convnn_timm.layers.LAYER_TYPES`, except 'conv2d'.
         where: Which convolutions: names with the wildcards of `fnmatch` (a list, or one string with commas), or a
             function of name and module. All by default.
-        init: How the layers start. 'random': as they start by themselves. 'conv', for 'convnn' and 'convnn_branching':
-            from the weights that are there. Neighbours chosen by location (`similarity_type='Loc'` and
-            `magnitude_type='euclidean'`) then leave the network's function as it is, with K, padding and candidates at
-            their defaults. Neighbours chosen by similarity are not the window's: its centre becomes the weight of the
-            position itself, its other taps, by distance from the centre, the weights of the ranks; train the network
-            further. A branching layer divides the outputs between its branches, and its 1x1 convolution, if any, starts
-            as the identity (for groups, a permutation): the convolution's share stays.
+        init: How the layers start. 'random': with their own initialisation. 'conv', for 'convnn' and
+            'convnn_branching': with the weights of the convolution. If neighbours are chosen by location
+            (`similarity_type='Loc'`, `magnitude_type='euclidean'`), the network then computes what it did, with K,
+            padding and candidates at their defaults. If they are chosen by similarity, the centre of the window becomes
+            the weight of the position itself, and the other taps, by their distance from the centre, those of the
+            ranks: train the network further. A branching layer divides the outputs between its branches. Its 1x1
+            convolution, if any, starts as the identity (for groups, a permutation), so that the convolution's share
+            stays.
         **layer_args: Arguments of the layer. `K` is the size of the window by default, `padding` reaches as far as it.
 
     Returns:
@@ -106,7 +108,7 @@ def convert(
     if isinstance(where, str):
         where = [pattern.strip() for pattern in where.split(',')]
     elif isinstance(where, Sequence):
-        where = list(where)  # plain, so that timm can save it
+        where = list(where)  # a list, which timm can save
     if not (where is None or callable(where) or isinstance(where, list) and all(isinstance(n, str) for n in where)):
         raise TypeError(f'`where` must be names or a function, got {where!r}')
     report, new, possible, in_use = ConversionReport(layer), {}, [], _used_elsewhere(model)
@@ -131,7 +133,7 @@ def convert(
     for conv in new:
         new[conv] = _create(conv, layer, init, layer_args)
     for module in list(model.modules()):
-        for name, child in module._modules.items():  # (named_children leaves out what is there twice)
+        for name, child in module._modules.items():  # (named_children names a module only once)
             if child in new:
                 setattr(module, name, new[child])
     _record(model, dict(layer=layer, where=report.replaced if callable(where) else where, init=init, **layer_args))
@@ -233,12 +235,12 @@ def _why_not(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any])
 
 
 def _used_elsewhere(model: nn.Module) -> Dict[nn.Module, str]:
-    """Convolutions whose weights another module uses too, or will change, each with the reason to leave it."""
+    """Convolutions whose weights another module also uses, or will change, each with the reason to leave it."""
     owners, reasons = defaultdict(list), {}
     for name, module in model.named_modules():
         for kind, parameter in module._parameters.items():
             if parameter is not None:
-                # Tied parameters are one object or, as of `b.weight.data = a.weight.data`, two with the same memory.
+                # Tied parameters are one object, or after `b.weight.data = a.weight.data` two with the same memory.
                 address = parameter.data_ptr() if type(parameter) is nn.Parameter else 0
                 owners[address or id(parameter)].append((module, name, kind))
     for shared in owners.values():
@@ -258,17 +260,17 @@ def _used_elsewhere(model: nn.Module) -> Dict[nn.Module, str]:
 
 
 def _folded(module: nn.Module, method: str, convs: List[nn.Conv2d]) -> List[nn.Conv2d]:
-    """The convolutions that a method of a module removes or changes. It is called on a copy to see that."""
+    """The convolutions that a method of a module removes or changes, as seen by calling it on a copy."""
     copies = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_floating_point():
-            # 0.5, because multiplying by 1, a new batch norm's variance and weight, would not show
+            # 0.5, not 1: multiplying by the variance and weight of a batch norm must show
             copy_ = torch.full_like(tensor.detach(), 0.5, device='cpu' if tensor.is_meta else None)
             copies[id(tensor)] = nn.Parameter(copy_) if isinstance(tensor, nn.Parameter) else copy_
-    trial = copy.deepcopy(module, copies).eval()  # adds its copies of modules
+    trial = copy.deepcopy(module, copies).eval()  # `copies` then has the copied modules too
     try:
         result = getattr(trial, method)()
-    except Exception:  # it was called before, or is no such method: reparameterize_model raises too
+    except Exception:  # called before, or another kind of method: reparameterize_model raises too
         return []
     kept = set(result.modules() if isinstance(result, nn.Module) else trial.modules())
 
@@ -310,7 +312,7 @@ def _list(names: List[str]) -> str:
 # The new layers
 
 def _create(conv: nn.Conv2d, layer: str, init: str, layer_args: Dict[str, Any]) -> nn.Module:
-    """The layer in place of a convolution, which does to the size of a map what that did."""
+    """The layer in place of a convolution, whose output has the size of the convolution's."""
     new = _create_layer(conv, layer, layer_args, conv.weight.device, conv.weight.dtype)
     if init == 'conv':
         layer_type(layer).start(new, conv)
@@ -350,19 +352,19 @@ def _cost(model: nn.Module, input_size: Optional[Tuple[int, int, int]]) -> Tuple
     empty |= {id(b): torch.empty_like(b, device='meta') for b in model.buffers()}
     try:
         return parameters, count_macs(copy.deepcopy(model, empty), input_size)
-    except Exception:  # whatever a network may do with an image: this is a report only
+    except Exception:  # a network may refuse any image, and this is only for the report
         return parameters, None
 
 
 def _record(model: nn.Module, conversion: Dict[str, Any]) -> None:
-    """Let timm save the model as what it is now: a base architecture with its arguments, and conversions."""
+    """Let timm save the model as a base architecture with its arguments, and conversions."""
     cfg = getattr(model, 'pretrained_cfg', None)
     if not cfg or 'architecture' not in cfg:
         return
     first = get_model_input_config(model)['first_conv'] or ()
     first = [first] if isinstance(first, str) else first
     first = tuple(part for name in first for part in _adapted(model, name, conversion))
-    model._traits = {**getattr(model, '_traits', {}), 'first_conv': first}  # timm's note of what a model has become
+    model._traits = {**getattr(model, '_traits', {}), 'first_conv': first}  # what timm reads before pretrained_cfg
     args = dict(getattr(model, '_model_args', {}))
     base, before = args.pop('base', cfg['architecture']), conversions(args.pop('convert', []))
     model._model_args = dict(base=base, convert=[*before, conversion], **args)
@@ -370,8 +372,8 @@ def _record(model: nn.Module, conversion: Dict[str, Any]) -> None:
 
 
 def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequence[str]:
-    """What timm adapts to another number of input channels, of a first layer that may have been converted."""
-    layer = dict(model.named_modules()).get(name)  # none in a feature extractor, which has others
+    """The modules of a first layer, converted or not, that timm adapts to another number of input channels."""
+    layer = dict(model.named_modules()).get(name)  # a feature extractor has other names
     if isinstance(layer, Aligned):
         layer, name = layer.layer, f'{name}.layer'
     if not isinstance(layer, layer_type(conversion['layer']).cls):
@@ -380,10 +382,10 @@ def _adapted(model: nn.Module, name: str, conversion: Dict[str, Any]) -> Sequenc
 
 
 def conversions(convert: Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]) -> List[Dict[str, Any]]:
-    """One conversion or several, each the arguments of `convert`, as plain dictionaries.
+    """The arguments of one or several conversions, as a list of dictionaries.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: `convert` is something else.
     """
     several = [convert] if isinstance(convert, Mapping) else convert
     if not isinstance(several, Sequence) or not all(isinstance(one, Mapping) for one in several):

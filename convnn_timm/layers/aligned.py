@@ -14,7 +14,7 @@ class Aligned(nn.Module):
     """A layer in place of a convolution that pads more or less than half its window.
 
     The layer's outputs are at the positions 0, stride, 2 stride, ... of its input. Zeros in front of the input shift
-    them to where the convolution's are; what it has no output for is cut off.
+    them to the convolution's; outputs that the convolution does not have are cut off.
     """
 
     def __init__(

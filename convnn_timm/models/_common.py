@@ -1,4 +1,4 @@
-"""What the model files share: keyword arguments, initialisation, default configuration, checks of a checkpoint."""
+"""What the model files share: keyword arguments, initialisation, default configurations, checks of a checkpoint."""
 import difflib
 import inspect
 from typing import Any, Dict, Set, Tuple, Type
@@ -17,8 +17,8 @@ __all__ = [
     'add_input_noise', 'build_model', 'cifar_cfg', 'check_fits', 'check_known', 'imagenet_cfg', 'init_convnn_weights',
     'layer_of', 'unknown_model']
 
-# Arguments that decide how a training starts and goes, not what the trained network computes; and the number of
-# classes, to which timm adapts weights.
+# Arguments that change nothing in what a trained network computes, and the number of classes, to which timm adapts
+# weights.
 NOT_OF_THE_WEIGHTS = {
     'num_classes', 'device', 'dtype', 'neighbor_init', 'zero_init_last', 'attention_dropout',
     'drop_rate', 'drop_path_rate', 'drop_block_rate', 'input_noise'}
@@ -30,12 +30,12 @@ def layer_of(architecture: str) -> str:
 
 
 def check_known(kwargs: Dict[str, Any], network: Type[nn.Module]) -> None:
-    """Refuse what neither the layers nor timm's network take, which would not name the layers' arguments."""
+    """Refuse arguments that neither the layers nor timm's network take. (timm's own error names only its own.)"""
     check_arguments(kwargs.keys() - inspect.signature(network).parameters.keys())
 
 
 def init_convnn_weights(model: nn.Module) -> None:
-    """Give ConvNN layers the initialisation that timm gives the convolutions beside them."""
+    """Initialise ConvNN layers as timm initialises convolutions."""
     for m in model.modules():
         if isinstance(m, ConvNN2d):
             nn.init.kaiming_normal_(m.random_weight(), mode='fan_out', nonlinearity='relu')
@@ -55,8 +55,8 @@ class UnfitError(RuntimeError):
 def check_fits(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
     """Refuse a checkpoint that lacks tensors of the model, has others, or has them in another shape.
 
-    The classifier may differ, and the first layers in shape: timm adapts them. But when the number of classes differs,
-    it loads without strictness, and would leave out what does not fit without a word.
+    The classifier may differ, and the shapes of the first layers: timm adapts them. For another number of classes timm
+    loads without strictness, and would skip in silence what does not fit.
 
     Raises:
         UnfitError: The checkpoint is of another network.
@@ -121,9 +121,9 @@ def build_model(
         network: Class of the model.
         variant: Name of the architecture, which ends with a layer's.
         pretrained: Load weights, those of the name or those that `kwargs` name.
-        model_args: Arguments that the architecture has where the caller chooses no others.
+        model_args: Arguments of the architecture, which those of the caller replace.
         kwargs: Arguments of the caller.
-        **build_args: What the caller cannot choose: arguments of the network and of timm's `build_model_with_cfg`.
+        **build_args: Arguments of the network and of timm's `build_model_with_cfg` that the caller cannot choose.
 
     Raises:
         WeightsError: The weights cannot be found, or are those of another network.
@@ -158,21 +158,21 @@ def build_model(
         raise WeightsError(
             f'{source} was trained with {_values(differing, 0)}, you asked for {_values(differing, 1)}: its weights '
             f'do not fit that network. Leave the argument out, or train {variant} with it from the start') from error
-    # What timm saves of a model to build it again, beside the arguments that `create_model` was given.
+    # timm saves these beside the arguments of `create_model`, so that the model can be built again.
     model._model_args = {
         name: value for name, value in model_args.items() if name in layer_arguments() and name not in kwargs}
     if not pretrained and isinstance(kwargs.get('pretrained_cfg'), (str, type(None))):
-        model.pretrained_cfg.pop('label_names', None)  # of the published weights, which this model is without
+        model.pretrained_cfg.pop('label_names', None)  # they belong to the published weights
     return model
 
 
 def _beside(model_args: Dict[str, Any], kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """An architecture's arguments without those that make no sense beside what the caller chose."""
+    """An architecture's arguments without those that the caller's choices make senseless."""
     senseless = set()
     if kwargs.get('sampling_type', model_args.get('sampling_type')) != model_args.get('sampling_type'):
-        senseless.add('num_samples')  # that of the architecture's own sampling
+        senseless.add('num_samples')  # it belongs to the architecture's own sampling
     if kwargs.get('similarity_type') == 'Loc':
-        senseless.add('neighbor_init')  # by location the position itself has no rank of its own
+        senseless.add('neighbor_init')  # chosen by location, the position itself has no rank of its own
     return {name: value for name, value in model_args.items() if name not in senseless}
 
 
@@ -184,11 +184,11 @@ def _differing(
         asked: Dict[str, Any],
         names: Set[str],
 ) -> Dict[str, Tuple[Any, Any]]:
-    """Those of the names under which weights were trained with one value, and another is asked for: both values."""
+    """Of these arguments, those whose value in training differs from the one asked for: both values."""
     defaults = {
         name: parameter.default for init in (*(cls.__init__ for cls in reversed(network.__mro__)), LAYER_TYPES[layer])
         for name, parameter in inspect.signature(init).parameters.items()
-        if parameter.default is not parameter.empty and name != 'bias'}  # whose default is the network's
+        if parameter.default is not parameter.empty and name != 'bias'}  # its default depends on the network
     first, second = ({**defaults, **model_args, **arguments} for arguments in (trained, asked))
     ignored = NOT_OF_THE_WEIGHTS | {*layer_arguments()} - {*layer_arguments(layer)}
     pairs = {name: (first[name], second[name]) for name in sorted(names & first.keys() & second.keys() - ignored)}

@@ -1,8 +1,7 @@
-"""Published weights: which there are, where their files are found, and whether a file is whole.
+"""Published weights: which exist, where their files are, and whether a file is whole.
 
-manifest.json has a line for each; `convnn-timm export` and `push` (../hub) write it in a checkout. A
-file is compared with it before its weights are used: neither timm nor the Hub's client notices wrong content of the
-right size.
+manifest.json has an entry for each; `convnn-timm export` and `push` write it in a checkout. A file's hash is compared
+with its entry before the weights are used: neither timm nor the Hub's client notices wrong content of the right size.
 """
 import hashlib
 import json
@@ -49,10 +48,10 @@ FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm 
 
 # Seconds that the Hub may take to answer before it counts as out of reach; HF_HUB_ETAG_TIMEOUT sets another number.
 PATIENCE = 3
-# What the Hub's client raises when something is wrong outside of this program.
+# What the Hub's client raises when something outside this program fails.
 HUB_FAILURES = (HTTPError, OSError, EntryNotFoundError, HFValidationError)
-# And what else comes out of its transfers: RuntimeError of hf_xet, ValueError where the storage takes no file. Around
-# another failure they only say that there was one.
+# What its transfers raise besides: RuntimeError of hf_xet, ValueError where the storage refuses a file. Either may wrap
+# one of the failures above, which then says more.
 TRANSFER_FAILURES = (*HUB_FAILURES, RuntimeError, ValueError)
 
 
@@ -61,23 +60,23 @@ class WeightsError(UserError, RuntimeError):
 
 
 class OtherWeights(WeightsError):
-    """A file is whole by the Hub's own hash of it, but holds other weights than the manifest says."""
+    """A file matches the Hub's hash of it, but not the manifest's."""
 
 
 # The manifest
 
 def read_manifest() -> Dict[str, Dict[str, Any]]:
-    """The weights that this version knows, by their name `<arch>.<tag>`."""
+    """The weights that this version knows, by name `<arch>.<tag>`."""
     return {entry['name']: entry for entry in json.loads(MANIFEST.read_text())}
 
 
 def published_names() -> List[str]:
-    """Those that the project publishes. Others were exported in this checkout, to try something."""
+    """Names of the weights that the project publishes. The manifest of a checkout may hold others, for a trial."""
     return [name for name, entry in read_manifest().items() if entry['published']]
 
 
 def namespace() -> str:
-    """Owner of the repositories: `CONVNN_TIMM_NAMESPACE` if that is set, else the project's."""
+    """Owner of the repositories: `CONVNN_TIMM_NAMESPACE`, else the project."""
     return os.environ.get('CONVNN_TIMM_NAMESPACE') or NAMESPACE
 
 
@@ -87,12 +86,12 @@ def hub_id(entry: Dict[str, Any]) -> str:
 
 
 def manifest_revision(entry: Dict[str, Any]) -> Optional[str]:
-    """Commit that holds just this weight, if it was pushed and is looked for where it was pushed to."""
+    """Commit that holds this weight; None if it was not pushed, or was pushed to another namespace."""
     return entry['revision'] if hub_id(entry) == entry['hub_id'] else None
 
 
 def find_entry(repo: str) -> Optional[Dict[str, Any]]:
-    """The manifest's line for a repository; with `@revision`, only if that is the one in the manifest."""
+    """The manifest's entry for a repository; with `@revision`, only if the manifest has that revision."""
     repo, revision = split_revision(repo)
     for entry in read_manifest().values():
         if hub_id(entry) == repo and revision in (None, manifest_revision(entry)):
@@ -106,14 +105,14 @@ def split_revision(repo: str) -> Tuple[str, Optional[str]]:
 
 
 def with_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
-    """Complete a model file's configurations by the weights that the manifest lists.
+    """Add the weights in the manifest to a model file's configurations.
 
     Args:
-        cfgs: Configurations by `<arch>.<tag>`, or `<arch>` without a tag: one for each architecture, its default.
+        cfgs: The default configuration of each architecture, by `<arch>.<tag>`, or by `<arch>` if it has no tag.
 
     Returns:
-        One for each further tag in the manifest, then these, with a star: so timm's `generate_default_cfgs` leaves them
-        the default, whichever tags have weights.
+        The configurations of further tags, then the defaults, marked by a star: with it, timm's `generate_default_cfgs`
+        keeps them the default, whichever tags have weights.
     """
     published = {}
     for name, entry in read_manifest().items():
@@ -129,7 +128,7 @@ def with_weights(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
 
 
 def named_entry(variant: str, cfg: PretrainedCfg) -> Optional[Dict[str, Any]]:
-    """The manifest's line of the weights that a configuration stands for; None if it names others, or none."""
+    """The manifest's entry for the weights of a configuration; None if it names other weights, or none."""
     entry = read_manifest().get(f'{variant}.{cfg.tag}')
     others = cfg.state_dict is not None or cfg.file or cfg.source == 'hf-hub'
     return entry if entry and not others and cfg.hf_hub_id == entry['hub_id'] else None
@@ -174,12 +173,12 @@ def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> 
 
     Args:
         file: The file.
-        expected: Its sha256. Without it, a large file in the Hub's cache tells its own: it is a link to it.
-        source: What `convnn-timm pull` takes to fetch it again, a name or a repository.
+        expected: Its sha256. Where it is not given, a link into the Hub's cache has it: large files are named by it.
+        source: What `convnn-timm pull` fetches it by: a name or a repository.
 
     Raises:
-        OtherWeights: It lies whole in the Hub's cache, but is another.
-        WeightsError: It is something else.
+        OtherWeights: The file is whole in the Hub's cache, but is not the one expected.
+        WeightsError: The file is damaged, no safetensors file, or another.
     """
     what = f'{file} of {source}' if source else str(file)
     unused = '. None of it was used' if source else ''
@@ -207,17 +206,17 @@ def check_file(file: Path, expected: Optional[str] = None, source: str = '') -> 
 
 
 def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Find the weights that a model asked for with `pretrained=True` gets, and check them.
+    """Find and check the weights of a model that is created with `pretrained=True`.
 
-    Published weights are taken from a local folder (`local_file`), else from the Hub. Of weights that the caller names,
-    a repository is fetched and checked, a file opened.
+    Published weights come from a local folder (`local_file`), else from the Hub. Weights that the caller names are
+    fetched and checked if they are a repository, and opened if they are a file.
 
     Args:
         variant: Name of the architecture.
         kwargs: Arguments of timm's entrypoint.
 
     Returns:
-        Arguments that lead timm to a file that was checked; as they were, if there are no weights.
+        Arguments that lead timm to the checked file; those given, if there are no weights.
 
     Raises:
         WeightsError: The weights cannot be fetched, or are damaged.
@@ -261,7 +260,7 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def download(repo: str, name: str, revision: Optional[str] = None, cache_dir: Optional[str] = None) -> Path:
-    """Bring a file of a repository into the cache; if the Hub is out of reach, the cache must have it."""
+    """Bring a file of a repository into the cache; if the Hub is out of reach, it must be there already."""
     if is_out_of_reach(repo, revision):
         return cached_file(repo, name, revision, cache_dir)
     return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
@@ -270,7 +269,7 @@ def download(repo: str, name: str, revision: Optional[str] = None, cache_dir: Op
 def cached_file(repo: str, name: str, revision: Optional[str] = None, cache_dir: Optional[str] = None) -> Path:
     """A file of a repository in the cache.
 
-    `hf_hub_download` with `local_files_only` would do, but it sends a request of its own and waits for the answer.
+    (`hf_hub_download` with `local_files_only` sends a request of its own and waits for the answer.)
     """
     file = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
     if not isinstance(file, str):
@@ -283,10 +282,10 @@ def patience() -> int:
 
 
 def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
-    """Whether the Hub gives no answer, good or bad: the connection fails, or nothing comes within `patience()`.
+    """Whether the Hub does not answer: the connection fails, or nothing comes within `patience()` seconds.
 
-    The Hub's client tries again and again, for half a minute where the connection is refused and for minutes where a
-    server is silent. In offline mode it answers by itself, so nothing is asked here.
+    The Hub's client would try for half a minute where the connection is refused, and for minutes where a server is
+    silent. In offline mode nothing is asked: the client refuses at once.
     """
     refused = threading.Event()
 
@@ -301,11 +300,11 @@ def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
             if error is not None:
                 refused.set()
         except Exception:
-            pass  # the client meets it again, and reports it
+            pass  # the client will meet and report it
 
     if constants.HF_HUB_OFFLINE:
         return False
-    # Looking up a name takes no limit, and a server may send byte by byte: only a thread can be left alone.
+    # In a thread, which can be left behind: looking up a name has no time limit, and a server may send byte by byte.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(patience())
@@ -313,7 +312,7 @@ def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
 
 
 def hub_sha256(repo: str) -> str:
-    """The Hub's own hash of the weights in a repository, or ''. (A cache without links does not know it.)"""
+    """The Hub's hash of the weights in a repository, or ''. (A cache without links does not know it.)"""
     try:
         return get_hf_file_metadata(hf_hub_url(repo, WEIGHTS), timeout=patience()).etag or ''
     except TRANSFER_FAILURES:
@@ -322,13 +321,13 @@ def hub_sha256(repo: str) -> str:
 
 @contextmanager
 def explained(repo: str, revision: Optional[str] = None, hint: str = '') -> Iterator[None]:
-    """Say of what fails in a transfer what `explain` says, and a hint."""
+    """Turn a failed transfer into a WeightsError with the words of `explain` and a hint."""
     try:
         yield
     except WeightsError:
         raise
     except TRANSFER_FAILURES as error:
-        # Of a connection or an entry that is not there, the client's errors say nothing more.
+        # For a missing entry or offline mode the client's error adds nothing.
         cause = None if isinstance(error, (EntryNotFoundError, OfflineModeIsEnabled)) else error
         raise WeightsError(explain(error, repo, revision) + hint) from cause
 

@@ -1,9 +1,9 @@
-"""Any timm model whose convolutions `convnn_timm.convert` replaced, under one name, so that timm can rebuild it.
+"""One name for every timm model whose convolutions `convnn_timm.convert` replaced, so that timm can rebuild it.
 
     timm.create_model('convnn_converted', base='resnet50', convert=dict(where='layer3.*', branch_ratio=0.25))
 
-is `timm.create_model('resnet50')` after `convert(model, where='layer3.*', branch_ratio=0.25)`. A model that was
-converted goes by this name itself: what timm saves of it, `local-dir:` and `hf-hub:` names rebuild.
+is `timm.create_model('resnet50')` after `convert(model, where='layer3.*', branch_ratio=0.25)`. A converted model has
+this name when timm saves it; its `local-dir:` or `hf-hub:` name rebuilds it.
 """
 from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
@@ -21,7 +21,7 @@ from ._weights import find_weights
 
 __all__ = []
 
-default_cfgs = generate_default_cfgs({'convnn_converted': {}})  # that of the base counts
+default_cfgs = generate_default_cfgs({'convnn_converted': {}})  # the base has its own
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -49,12 +49,12 @@ def convnn_converted(
 ) -> nn.Module:
     """A timm model with ConvNN layers in place of its convolutions.
 
-    With `pretrained=True` it gets its own weights if it is created by a `local-dir:` or `hf-hub:` name, or from a file
-    of weights; else the base gets its pretrained weights before it is converted.
+    With `pretrained=True`, a model that is created by a `local-dir:` or `hf-hub:` name, or with a file of weights, gets
+    those. Otherwise the base gets its pretrained weights before it is converted.
 
     Args:
         base: Name of the timm model, with or without a tag, of those that `timm.list_models` knows.
-        convert: Arguments of `convnn_timm.convert`, or those of several conversions one after the other.
+        convert: Arguments of `convnn_timm.convert`, or a list of such for several conversions in turn.
         **kwargs: Arguments of the base.
 
     Raises:
@@ -73,7 +73,7 @@ def convnn_converted(
         ))['pretrained_cfg_overlay']
     saved = isinstance(pretrained_cfg, dict) and PretrainedCfg(**pretrained_cfg).has_weights
     cfg = pretrained_cfg if saved else get_pretrained_cfg(base).to_dict()
-    if kwargs.get('features_only'):  # the levels that the base has
+    if kwargs.get('features_only'):  # by default the levels of the base
         kwargs['out_indices'] = timm.create_model(base, **{**kwargs, 'device': 'meta'}).feature_info.out_indices
     return build_model_with_cfg(
         partial(_build, base, convert, pretrained and not own),
@@ -88,6 +88,6 @@ def convnn_converted(
     )
 
 
-# What timm saves of converted models must find this name, but it is no model to choose from a list: timm.list_models
-# leaves out the names in this table, and nothing else does. Without the table it would only be listed.
+# Saved models need this name, but nobody chooses it from a list: timm.list_models leaves out the names in this table.
+# (Should timm drop the table, the name is listed.)
 getattr(_registry, '_deprecated_models', {})['convnn_converted'] = None

@@ -14,7 +14,7 @@ import convnn_timm  # noqa: F401, registers the models
 from convnn_timm.layers import Branching2d, ConvNN2d, ConvNNAttention2d, layer_arguments
 from convnn_timm.models._weights import WeightsError
 from convnn_timm.train.flags import parse_args
-from names import ALL as NAMES, LARGE as NAMES_224, VARIANTS
+from model_names import ALL as NAMES, LARGE as NAMES_224, VARIANTS
 
 NARROW = dict(channels=(16, 16, 16, 16), zero_init_last=False)  # a ResNet that is quick, and shows its blocks at once
 

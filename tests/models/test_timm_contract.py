@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from names import ALL, LARGE
+from model_names import ALL, LARGE
 from timm_plugin import NEED_WEIGHTS, stands_for
 
 DEFAULT = ['vgg11_convnn_branching', 'resnet18_convnn_branching']
