@@ -36,18 +36,17 @@ def test_a_networks_own_initialisation_keeps_the_start_that_was_asked_for(name):
 
 def test_all_names_are_registered_with_their_configuration():
     assert len(NAMES) == 36 and set(NAMES) <= set(timm.list_models())
+    assert sum((timm.list_models('*_224', module=f'convnn_{net}') for net in ('resnet', 'vgg')), []) == NAMES_224
     for name in NAMES:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.tag == 'cifar10' and cfg.num_classes == 10 and cfg.input_size == (3, 32, 32) and cfg.crop_pct == 1.0
         assert cfg.mean == (0.4914, 0.4822, 0.4465) and cfg.std == (0.2470, 0.2435, 0.2616)
-
-
-def test_configuration_of_the_models_for_224_pixels():
-    assert sum((timm.list_models('*_224', module=f'convnn_{net}') for net in ('resnet', 'vgg')), []) == NAMES_224
+        assert cfg.interpolation == 'bilinear' and cfg.pool_size == ((1, 1) if 'vgg' in name else (4, 4))
     for name in NAMES_224:
         cfg = timm.get_pretrained_cfg(name)
         assert not cfg.tag and not cfg.has_weights and cfg.num_classes == 1000 and cfg.input_size == (3, 224, 224)
         assert cfg.mean == IMAGENET_DEFAULT_MEAN and cfg.std == IMAGENET_DEFAULT_STD and cfg.crop_pct == 0.875
+        assert cfg.interpolation == 'bilinear' and cfg.pool_size == (7, 7)
 
 
 @pytest.mark.parametrize('name', [
@@ -79,14 +78,6 @@ def test_networks_start_as_timms_do():
     assert resnet.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
     layers = [module for module in vgg.modules() if isinstance(module, ConvNN2d)]
     assert len(layers) == 8 and all((layer.bias == 0).all() for layer in layers) and vgg.drop_rate == 0.5
-
-
-def test_what_images_go_through():
-    for name in timm.list_models('resnet*_convnn*') + timm.list_models('vgg*_convnn*'):
-        config = timm.get_pretrained_cfg(name)
-        large = name.endswith('_224')
-        assert config.interpolation == 'bilinear' and config.crop_pct == (0.875 if large else 1)
-        assert config.pool_size == ((7, 7) if large else (1, 1) if 'vgg' in name else (4, 4))
 
 
 @pytest.mark.parametrize('depth', ['resnet18', 'vgg11'])
