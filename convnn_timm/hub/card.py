@@ -25,9 +25,9 @@ from convnn_timm.layers.registry import REGISTRY
 from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._common import layer_of
 from convnn_timm.models._weights import WeightsError, find_entry, namespace, split_revision
-from convnn_timm.train.flags import defaults
+from convnn_timm.train.flags import complete, defaults, places
 from convnn_timm.train.data import EVAL_SPLITS
-from convnn_timm.train.run_folder import FREE_ON_RESUME, NOT_RECORDED, read_summary, state_classes_once
+from convnn_timm.train.run_folder import read_summary, state_classes_once
 
 __all__ = [
     'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',
@@ -49,9 +49,7 @@ DEPARTURES = {
 }
 # Arguments that branching layers had when published runs were made, whose convolutions were given them too.
 FORMER_BRANCHING = {'branch_norm', 'pointwise_init'}
-# Arguments that change where a run reads, writes and computes, not what. (Without cache the crops are others, of the
-# same kind.)
-PLACES = {'cache', *FREE_ON_RESUME, *NOT_RECORDED}
+PLACES = places()
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
 CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two mean nothing without the first
 SHOWN = (
@@ -81,7 +79,7 @@ class Record:
     def __init__(self, folder: Path):
         later = sorted(folder.glob('environment-*.json'), key=lambda file: int(file.stem.partition('-')[2]))
         files = [folder / 'environment.json', *later]
-        self.args = {**defaults(), **yaml.safe_load((folder / 'args.yaml').read_text())}
+        self.args = complete(yaml.safe_load((folder / 'args.yaml').read_text()))
         self.summary = read_summary(folder)
         self.environments = [json.loads(file.read_text()) for file in files]
 

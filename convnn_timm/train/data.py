@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from convnn_timm.images import image_mode, printable, read_image, scan
-from .flags import ARGUMENTS, UsageError
+from .flags import FLAGS, UsageError
 
 __all__ = [
     'MemoryBatches', 'Part', 'check_class_names', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed',
@@ -114,7 +114,7 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
 
 def is_flat(args: argparse.Namespace) -> bool:
     """Whether the data is a folder of classes: none in it is named, or nearly named, like a split."""
-    splits_are_named = any(getattr(args, name) != ARGUMENTS['data'][name] for name in ('train_split', 'val_split'))
+    splits_are_named = any(getattr(args, name) != FLAGS[name].default for name in ('train_split', 'val_split'))
     if args.dataset or splits_are_named or not os.path.isdir(args.data_dir):
         return False
     return not any(name.lower() in TRAIN_SPLITS + EVAL_SPLITS for name in folders_in(args.data_dir))

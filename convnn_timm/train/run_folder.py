@@ -19,20 +19,12 @@ from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from convnn_timm.macs import count_macs, count_parameters
-from .flags import UsageError, defaults, find_recipe
+from .flags import CALL, FLAGS, PLACE, SCHEDULE, UsageError, complete, find_recipe
 
 __all__ = [
     'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',
     'state_classes_once', 'unfinished', 'without_folders']
 
-# Arguments that may differ between a run and its continuation, and those that do not belong to the run.
-FREE_ON_RESUME = {
-    'checkpoint_hist', 'data_dir', 'dataset_download', 'device', 'experiment', 'log_interval', 'output', 'workers'}
-NOT_RECORDED = {'config', 'data', 'evaluate', 'resume'}
-# Arguments that may leave the epochs alone that are done, and change those to come.
-SCHEDULE = {
-    'cooldown_epochs', 'crop_off_epoch', 'decay_epochs', 'decay_milestones', 'decay_rate', 'epochs', 'lr_cycle_decay',
-    'lr_cycle_limit', 'lr_cycle_mul', 'train_sizes'}
 # What a run leaves that is killed before its first checkpoint.
 FIRST_EPOCH = {
     'args.yaml', 'recipe.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
@@ -53,8 +45,8 @@ def run_folder(args: argparse.Namespace) -> Path:
 def recorded(args: argparse.Namespace) -> Dict[str, Any]:
     """The arguments that make the run; `convert` only if it is given, as not every run has known it."""
     return {
-        name: value for name, value in vars(args).items()
-        if name not in NOT_RECORDED and (value or name != 'convert')}
+        name: getattr(args, name) for name, flag in FLAGS.items()
+        if flag.role != CALL and (name != 'convert' or args.convert)}
 
 
 def open_run(args: argparse.Namespace, rank: int) -> str:
@@ -89,9 +81,10 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
     # As in args.yaml, where a tuple is a list.
     before, now = (
-        {**defaults(), **json.loads(json.dumps(vars(arguments), default=str))} for arguments in (saved['args'], args))
-    changed = [name for name in now if name not in FREE_ON_RESUME | NOT_RECORDED and now[name] != before[name]]
-    if changed and set(changed) <= SCHEDULE and starts_alike(before, now, saved['epoch'] + 1):
+        complete(json.loads(json.dumps(vars(arguments), default=str))) for arguments in (saved['args'], args))
+    changed = [name for name, flag in FLAGS.items() if flag.role not in (PLACE, CALL) and now[name] != before[name]]
+    later = changed and all(FLAGS[name].role == SCHEDULE for name in changed)
+    if later and starts_alike(before, now, saved['epoch'] + 1):
         if own:
             raise UsageError(
                 f'{folder} keeps its run as it is. To train it further with {", ".join(changed)} changed, give the '
@@ -177,7 +170,7 @@ def make_folder(args: argparse.Namespace) -> Path:
 
 
 def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bool:
-    """Whether the first epochs of two trainings that differ in their `SCHEDULE` are the same."""
+    """Whether the first epochs of two trainings that differ in their schedule are the same."""
     def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int], bool]]:
         args = argparse.Namespace(**arguments)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr or args.lr_base)

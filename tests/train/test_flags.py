@@ -22,6 +22,14 @@ def test_command_line_beats_what_a_recipe_says_in_other_words(tmp_path, caplog):
     assert parse_args(['-c', str(recipe), 'x']).no_aug
 
 
+def test_null_and_numbers_in_a_recipe(tmp_path):
+    recipe = tmp_path / 'mine.yaml'
+    recipe.write_text('mixup: null\nmodel_kwargs: null\ncolor_jitter: null\nclip_grad: null\nexperiment: 5\n')
+    args = parse_args(['-c', str(recipe), 'x'])
+    assert (args.mixup, args.model_kwargs, args.color_jitter, args.clip_grad) == (0, {}, None, None)
+    assert args.experiment == '5'
+
+
 def test_recipes_of_the_package():
     assert recipe_names() == ['cifar10', 'digits', 'finetune', 'imagenet', 'paper_resnet18', 'paper_vgg11']
     short, long = (vars(parse_args(['-c', name, 'x'])) for name in ('cifar10', 'cifar10.yaml'))
@@ -46,6 +54,9 @@ def test_recipes_of_the_package():
     ('train_sizes: [16, 24.5]', 'train_sizes must be a list of integers, not [16, 24.5]'),
     ('ratio: [1]', 'ratio must be a list of 2 numbers, not [1]'),
     ('clip_mode: foo', '--clip-mode must be one of norm, value, agc, got foo'),
+    ('opt: true', 'opt must be text, not True'),
+    ('warmup_epochs: null', 'warmup_epochs must be an integer, not None'),
+    ('lr_cycle_mul: 0', '--lr-cycle-mul must be more than 0, got 0'),
     ("hflip: '3'", '--hflip must be from 0 to 1, got 3.0'),
 ])
 def test_wrong_recipe(tmp_path, text, message, capsys):
@@ -77,7 +88,12 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     (['/nowhere'], 'there is no folder /nowhere'),
     (['x', '--train-sizes', '8', '0'], '--train-sizes must be 1 or more, got [8, 0]'),
     (['x', '--epochs', '0'], '--epochs must be 1 or more, got 0'),
-    (['x', '--workers', '-1'], '--workers must be 0 or more, got -1'),
+    (['x', '--workers', '-1'], '--workers must be from 0 to 512, got -1'),
+    (['x', '--workers', '10000'], '--workers must be from 0 to 512, got 10000'),
+    (['x', '--lr', '-1'], '--lr must be 0 or more, got -1.0'),
+    (['x', '--clip-grad', '-1'], '--clip-grad must be 0 or more, got -1.0'),
+    (['x', '--seed', '5000000000'], '--seed must be from 0 to 2147483647'),
+    (['x', '--decay-epochs', '0'], '--decay-epochs must be more than 0, got 0.0'),
     (['x', '--grad-accum-steps', '-1'], '--grad-accum-steps must be 1 or more'),
     (['x', '--model-kwargs', 'foo'], 'take KEY=VALUE'),
     (['x', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
