@@ -536,7 +536,7 @@ def test_step_times_are_compared_on_one_machine(card):
 
 def test_what_an_older_trainer_did_not_know_was_as_by_default(card):
     args = yaml.safe_load((card / 'training' / 'args.yaml').read_text())
-    assert args.pop('crop_off_epoch') == 0
+    assert args.pop('lr_k_decay') == 1
     (card / 'training' / 'twin' / 'args.yaml').write_text(yaml.safe_dump(args))
     hub.write_card(card, NAME)
     assert 'The twin was trained with the same arguments.' in (card / 'README.md').read_text()
@@ -552,10 +552,10 @@ def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
 
 
 @pytest.mark.parametrize('crop_padding, rows', [
-    (2, '| crop_padding | 2 |\n| crop_padding_mode | reflect |\n| crop_off_epoch | 1 |\n'), (0, ''), (None, '')])
+    (2, '| crop_padding | 2 |\n| crop_padding_mode | reflect |\n'), (0, ''), (None, '')])
 def test_the_card_says_how_images_were_cropped(card, crop_padding, rows):
     file = card / 'training' / 'args.yaml'
-    crops = dict(crop_padding=crop_padding, crop_padding_mode='reflect', crop_off_epoch=1)
+    crops = dict(crop_padding=crop_padding, crop_padding_mode='reflect')
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **crops}))
     hub.write_card(card, NAME)
     text = (card / 'README.md').read_text()

@@ -51,7 +51,7 @@ DEPARTURES = {
 FORMER_BRANCHING = {'branch_norm', 'pointwise_init'}
 PLACES = places()
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
-CROPS = ('crop_padding', 'crop_padding_mode', 'crop_off_epoch')  # the last two mean nothing without the first
+CROPS = ('crop_padding', 'crop_padding_mode')  # the second means nothing without the first
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
     'train_sizes', *CROPS, 'hflip', 'hflip_mode', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')

@@ -26,7 +26,7 @@ from .flags import FLAGS, UsageError
 
 __all__ = [
     'MemoryBatches', 'Part', 'check_class_names', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed',
-    'fit_batch_size', 'holdout_split', 'stop_crops']
+    'fit_batch_size', 'holdout_split']
 
 _logger = logging.getLogger(__name__)
 
@@ -446,13 +446,3 @@ def create_batches(
         crop = transforms.RandomCrop(size[1:], padding=crop_padding, padding_mode=args.crop_padding_mode)
         part.transform.transforms[:1] = [*plain.transforms[:-1], crop]
     return loader
-
-
-def stop_crops(loader: PrefetchLoader) -> None:
-    """Let the epochs to come see whole images, where `--crop-padding` cropped them."""
-    batches = loader.loader
-    if isinstance(batches, MemoryBatches):
-        batches.crop_padding = 0
-    else:
-        steps = batches.dataset.transform.transforms
-        steps[:] = [step for step in steps if not isinstance(step, transforms.RandomCrop)]

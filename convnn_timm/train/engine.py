@@ -41,8 +41,7 @@ from convnn_timm.images import printable
 from convnn_timm.macs import count_macs
 from convnn_timm.models._common import unknown_model
 from .flags import UsageError, build_parser, parse_args
-from .data import (
-    check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size, stop_crops)
+from .data import check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size
 from .run_folder import (
     Saver, begin_run, describe, draw_curve, environment, open_run, read_summary, run_folder, state_classes_once,
     unfinished)
@@ -86,8 +85,6 @@ def train_one_epoch(epoch: int, setup: Setup, loader, args: argparse.Namespace) 
         sampler.set_epoch(epoch)
     if setup.mixup_fn is not None and args.mixup_off_epoch:
         setup.mixup_fn.mixup_enabled = epoch < args.mixup_off_epoch
-    if args.crop_padding and 0 < args.crop_off_epoch <= epoch:
-        stop_crops(loader)
 
     side = args.train_sizes[epoch] if epoch < len(args.train_sizes or ()) else None
     steps, accum = len(loader), args.grad_accum_steps

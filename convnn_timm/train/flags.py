@@ -236,8 +236,6 @@ GROUPS = {
              'random to the input size; replaces --train-crop-mode, --scale and --ratio'),
         Flag('crop_padding_mode', 'constant', choices=('constant', 'reflect'), help='what those pixels are: black, or '
              'the image mirrored at its edges'),
-        Flag('crop_off_epoch', 0, within='0 or more', role=SCHEDULE, help='turn that crop off after this many epochs, so '
-             'that the last ones see whole images; 0 never'),
         Flag('train_sizes', kind=int, count='+', within='1 or more', role=SCHEDULE, help='side in pixels that the '
              'training images are shrunk to in the first epochs, one number for each; the epochs after them see the '
              'input size'),
@@ -281,6 +279,8 @@ FLAGS = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 # Recipe keys of timm's trainer that make no difference here, so that one recipe runs in both.
 TIMM_ONLY = {'device_modules', 'dist_bn', 'eval_metric', 'no_prefetcher', 'pin_mem', 'worker_seeding'}
+# Arguments of earlier versions, which runs recorded, with the value that left them unused.
+RETIRED = {'crop_off_epoch': 0}
 
 
 def defaults() -> Dict[str, Any]:
@@ -293,9 +293,21 @@ def places() -> Set[str]:
     return {name for name, flag in FLAGS.items() if flag.role in (DRAWS, PLACE, CALL)}
 
 
+def without_unused(recorded: Dict[str, Any]) -> Dict[str, Any]:
+    """Leave out the `RETIRED` arguments that a run recorded and did not use."""
+    return {name: value for name, value in recorded.items() if name not in RETIRED or value != RETIRED[name]}
+
+
 def complete(recorded: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments of a run; those that its trainer did not know yet were as they are by default."""
-    return {**defaults(), **recorded}
+    return {**defaults(), **without_unused(recorded)}
+
+
+def check_retired(source: str, arguments: Dict[str, Any]) -> None:
+    """Refuse arguments that this version cannot follow."""
+    for name in RETIRED.keys() & without_unused(arguments).keys():
+        value = arguments[name]
+        raise UsageError(f'{source}: {name} is {value!r}, an argument of earlier versions that this one lacks')
 
 
 EXAMPLES = """Train an image classifier. The flags are timm's; the new or different ones are explained.
@@ -356,8 +368,9 @@ def read_recipe(name: str) -> Dict[str, Any]:
         recipe = yaml.safe_load(find_recipe(name).read_text())
     if not isinstance(recipe, dict):
         raise UsageError(f'{source}: expected lines "argument: value"')
+    check_retired(source, recipe)
     known = [*FLAGS, 'data']
-    for key in sorted(map(str, recipe.keys() - known - TIMM_ONLY)):
+    for key in sorted(map(str, recipe.keys() - known - TIMM_ONLY - RETIRED.keys())):
         close = difflib.get_close_matches(key, known, 1)
         raise UsageError(f'{source}: unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ''))
     arguments = {'data_dir': recipe['data']} if recipe.get('data') else {}
@@ -415,8 +428,6 @@ def check_values(args: argparse.Namespace) -> None:
         raise UsageError('--sched plateau is not supported: it would fit the schedule to the images of the evaluation')
     for flag in FLAGS.values():
         flag.check(getattr(args, flag.name))
-    if args.crop_off_epoch and args.crop_padding is None:
-        raise UsageError('--crop-off-epoch turns off the crops of --crop-padding, which is not given')
     if args.opt_betas and len(args.opt_betas) < 2:
         raise UsageError(f'--opt-betas must be two numbers or more, got {args.opt_betas}')
     if (args.mixup or args.cutmix) and args.batch_size % 2:

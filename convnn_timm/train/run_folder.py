@@ -19,7 +19,7 @@ from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from convnn_timm.macs import count_macs, count_parameters
-from .flags import CALL, FLAGS, PLACE, SCHEDULE, UsageError, complete, find_recipe
+from .flags import CALL, FLAGS, PLACE, SCHEDULE, UsageError, check_retired, complete, find_recipe
 
 __all__ = [
     'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',
@@ -79,6 +79,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
             f'{folder} would lose the epochs after {checkpoint.name}: choose another --experiment to go on from there')
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
+    check_retired(str(checkpoint), vars(saved['args']))
     # As in args.yaml, where a tuple is a list.
     before, now = (
         complete(json.loads(json.dumps(vars(arguments), default=str))) for arguments in (saved['args'], args))
@@ -171,15 +172,15 @@ def make_folder(args: argparse.Namespace) -> Path:
 
 def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bool:
     """Whether the first epochs of two trainings that differ in their schedule are the same."""
-    def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int], bool]]:
+    def first(arguments: Dict[str, Any], updates: int = 10) -> List[Tuple[float, Optional[int]]]:
         args = argparse.Namespace(**arguments)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr or args.lr_base)
         scheduler, total = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
         sizes, seen = args.train_sizes or [], []
         for epoch in range(min(epochs, total)):
-            images = sizes[epoch] if epoch < len(sizes) else None, 0 < args.crop_off_epoch <= epoch
+            size = sizes[epoch] if epoch < len(sizes) else None
             for update in range(updates):
-                seen.append((optimizer.param_groups[0]['lr'], *images))
+                seen.append((optimizer.param_groups[0]['lr'], size))
                 if scheduler is not None:
                     scheduler.step_update(epoch * updates + update + 1)
             if scheduler is not None:

@@ -265,20 +265,6 @@ def test_the_first_epochs_see_small_images(flags, tmp_path, batches):
     assert contrast[8] < 0.7 * contrast[16]  # averages of the noise that the images are, not parts of it
 
 
-@pytest.mark.parametrize('cache', ['--cache', '--no-cache'])
-def test_the_last_epochs_see_whole_images(flags, tmp_path, batches, cache):
-    def trained(*argv):  # in each epoch: images as bytes, those mirrored as they were
-        batches.clear()
-        main([*flags, cache, *argv, '--output', str(tmp_path), '--experiment', str(len(argv))])
-        epochs = torch.stack([x for training, x in batches if training]).unflatten(0, (3, 7)).flatten(1, 2)
-        return [[min(x.numpy().tobytes(), x.flip(2).numpy().tobytes()) for x in epoch] for epoch in epochs]
-
-    whole = {image for epoch in trained('--crop-padding', '0', '--hflip', '0.5') for image in epoch}
-    assert len(whole) == 120
-    shares = [sum(image in whole for image in epoch) / 112 for epoch in trained('--crop-off-epoch', '2')]
-    assert shares[0] < 0.2 and shares[1] < 0.2 and shares[2] == 1  # one of 25 crops is the whole image
-
-
 def test_too_small_images(flags, tmp_path):
     with pytest.raises(SystemExit, match='--train-sizes 8: .*too small'):
         main([*flags, '--model', 'vgg11_conv2d', '--img-size', '32', '--train-sizes', '8', '--output', str(tmp_path)])

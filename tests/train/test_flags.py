@@ -3,7 +3,7 @@ import pytest
 import timm
 
 from convnn_timm.train.engine import main, parse_args
-from convnn_timm.train.flags import recipe_names
+from convnn_timm.train.flags import complete, defaults, recipe_names
 
 
 def test_command_line_beats_recipe_beats_default(tmp_path):
@@ -28,6 +28,15 @@ def test_null_and_numbers_in_a_recipe(tmp_path):
     args = parse_args(['-c', str(recipe), 'x'])
     assert (args.mixup, args.model_kwargs, args.color_jitter, args.clip_grad) == (0, {}, None, None)
     assert args.experiment == '5'
+
+
+def test_records_of_earlier_versions(tmp_path):
+    recipe = tmp_path / 'args.yaml'
+    recipe.write_text('epochs: 7\ncrop_off_epoch: 0\n')
+    args = parse_args(['-c', str(recipe), 'x'])
+    assert args.epochs == 7 and 'crop_off_epoch' not in args
+    assert complete({'crop_off_epoch': 0}) == defaults()
+    assert complete({'crop_off_epoch': 2}) == {**defaults(), 'crop_off_epoch': 2}  # cards tell it
 
 
 def test_recipes_of_the_package():
@@ -57,6 +66,7 @@ def test_recipes_of_the_package():
     ('opt: true', 'opt must be text, not True'),
     ('warmup_epochs: null', 'warmup_epochs must be an integer, not None'),
     ('lr_cycle_mul: 0', '--lr-cycle-mul must be more than 0, got 0'),
+    ('crop_off_epoch: 12', 'crop_off_epoch is 12, an argument of earlier versions that this one lacks'),
     ("hflip: '3'", '--hflip must be from 0 to 1, got 3.0'),
 ])
 def test_wrong_recipe(tmp_path, text, message, capsys):
@@ -98,7 +108,6 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     (['x', '--model-kwargs', 'foo'], 'take KEY=VALUE'),
     (['x', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
     (['x', '--dataset', 'uoft-cs/cifar10'], 'e.g. torch/cifar10 or hfds/uoft-cs/cifar10'),
-    (['x', '--crop-off-epoch', '2'], '--crop-off-epoch turns off the crops of --crop-padding, which is not given'),
     (['--evaluate', 'nowhere', 'x'], 'nowhere is no run folder: it has no args.yaml'),
 ])
 def test_wrong_command_line(argv, message, capsys):
