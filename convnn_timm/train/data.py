@@ -1,4 +1,4 @@
-""" The trainer's images: which ones, and how they become batches. """
+"""The trainer's images: which ones, and how they become batches."""
 import argparse
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from convnn_timm.images import image_mode, printable, read_image, scan
-from .flags import FLAGS, UsageError
+from .flags import FLAGS, UsageError, explained
 
 __all__ = [
     'MemoryBatches', 'Part', 'check_class_names', 'check_classes', 'create_batches', 'create_parts', 'epoch_seed',
@@ -30,8 +30,9 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# Data sets whose images can be read in any order, and what timm calls a split to evaluate on.
+# Sources of data sets whose images can be read in any order.
 SOURCES = ('torch', 'hfds')
+# timm's names of splits.
 EVAL_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 TRAIN_SPLITS = ('train', 'training')
 
@@ -40,11 +41,11 @@ MEMORY_LIMIT = 2 ** 30
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's, of the images that `scan` finds; classes have the numbers that timm gives them.
+    """timm's reader of folders, for the images that `scan` finds. Classes have the numbers that timm gives them.
 
     Args:
         root: The folder.
-        flat: An image is of the class whose folder lies directly in ``root``, and not of the folder that it lies in.
+        flat: The folders directly in ``root`` are the classes, not the folders that the images lie in.
     """
 
     def __init__(self, root: str, flat: bool = False):
@@ -61,7 +62,7 @@ class FolderReader(ReaderImageFolder):
             key=lambda sample: natural_key(sample[0]))
 
     def fingerprint(self) -> str:
-        """Return what changes with the names of the images, wherever the folder is."""
+        """Return a hash of the names of the images. It stays when the folder moves."""
         names = sorted(Path(self.filename(i)).as_posix() for i in range(len(self)))
         return hashlib.sha256(os.fsencode('\n'.join(names))).hexdigest()[:12]
 
@@ -79,7 +80,7 @@ class Part(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Tuple[Any, int]:
         if isinstance(getattr(self.dataset, 'reader', None), ReaderImageFolder):
-            # Not timm's way, which takes the next image for one that it cannot read: one of other images, or twice.
+            # timm's dataset would give the next image in place of one that it cannot read.
             file, target = self.dataset.reader[self.indices[i]]
             with file:
                 image = read_image(file, self.dataset.input_img_mode)
@@ -113,7 +114,7 @@ def create_parts(args: argparse.Namespace) -> Tuple[Part, Part, Optional[List[st
 
 
 def is_flat(args: argparse.Namespace) -> bool:
-    """Whether the data is a folder of classes: none in it is named, or nearly named, like a split."""
+    """Whether the data is a folder of classes: no folder in it is named like a split, in small or capital letters."""
     splits_are_named = any(getattr(args, name) != FLAGS[name].default for name in ('train_split', 'val_split'))
     if args.dataset or splits_are_named or not os.path.isdir(args.data_dir):
         return False
@@ -181,11 +182,12 @@ def open_split(args: argparse.Namespace, split: str) -> torch.utils.data.Dataset
         if os.path.samefile(folder, args.data_dir):
             raise missing_split(args, split)
         return open_folder(args, folder)
-    dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
-    dataset.input_img_mode = input_mode(args)  # torchvision's has none
-    if type(dataset) is ImageFolder and os.path.samefile(dataset.root, args.data_dir):  # as above
+    with explained(AssertionError, ImportError, RuntimeError, ValueError, of=f'--dataset {args.dataset}'):
+        dataset = create_dataset(args.dataset, root=args.data_dir, split=split, download=args.dataset_download)
+    dataset.input_img_mode = input_mode(args)  # torchvision's data sets have none
+    if type(dataset) is ImageFolder and os.path.samefile(dataset.root, args.data_dir):  # all of the folder
         raise missing_split(args, split)
-    # Of torchvision's data sets that have two it opens the one to evaluate on for each name that it does not know.
+    # timm opens the test set of torchvision's data sets for every name of a split that it does not know.
     if getattr(dataset, 'train', None) is False and split not in EVAL_SPLITS:
         raise UsageError(f'{args.dataset} has no split {split!r}: it has train and validation')
     return dataset
@@ -235,9 +237,7 @@ def holdout_split(targets: Sequence[int], count: int) -> List[int]:
 
 
 def share_split(targets: Sequence[int], share: float, names: Sequence[str]) -> List[int]:
-    """Choose about that share of the images with these classes as `holdout_split` does, but of each class at least one,
-    and never all of it.
-    """
+    """Choose about that share of the images as `holdout_split` does, but at least one of each class, and never all."""
     count = min(max(round(share * len(targets)), 1), len(targets) - 1)
     held_out, classes = set(holdout_split(targets, count)), defaultdict(list)
     for i, target in enumerate(targets):
@@ -322,19 +322,19 @@ class MemoryBatches:
         order = torch.randperm(count, generator=generator)[:len(self) * self.batch_size * self.world_size]
         corner = torch.randint(2 * self.crop_padding + 1, (count, 2), generator=generator).to(device)
         chance = torch.rand(count, 2, generator=generator)
-        if self.hflip_mode == 'alternate':  # always the same, and half a turn on in every other epoch
+        if self.hflip_mode == 'alternate':  # an image's chance is always the same, but moves by half in odd epochs
             first = torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
             chance[:, 0] = (first + self.epoch % 2 / 2) % 1
         chance = chance.to(device)
         for i in order[self.rank::self.world_size].to(device).split(self.batch_size):
-            # As floats, for what timm converts on a CUDA stream of its own may be overwritten before it has done so.
+            # As floats: timm converts bytes on a CUDA stream of its own, and their memory may be reused before that.
             yield self._augment(self.images[i].float(), corner[i], chance[i]), self.targets[i]
 
     def _augment(self, images: torch.Tensor, corner: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
         if self.crop_padding:
             height, width = images.shape[2:]
             padded = F.pad(images, [self.crop_padding] * 4, self.crop_padding_mode)
-            crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # all of them, as a view
+            crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of all crops
             images = crops[torch.arange(len(images), device=images.device), :, corner[:, 0], corner[:, 1]]
         for dim, flip, value in zip((3, 2), self.flips, chance.unbind(1)):
             if flip:
@@ -384,7 +384,7 @@ def create_batches(
     if crop_padding and args.crop_padding_mode == 'reflect' and crop_padding >= min(size[1:]):
         raise UsageError(f'--crop-padding {crop_padding}: images of {size[1]}x{size[2]} cannot be mirrored so far')
     erase = dict(re_prob=args.reprob, re_mode=args.remode, re_count=args.recount) if augment else {}
-    # timm's training without augmentation distorts images that are not square; crops are of whole, undistorted ones.
+    # Crops are of the image that the evaluation sees; timm's training without augmentation distorts it to a square.
     plain = create_transform(
         size,
         is_training=train and crop_padding is None,
@@ -418,28 +418,29 @@ def create_batches(
             '--hflip-mode alternate needs the training images in memory: with --cache, with --crop-padding (0 for no '
             f'crops), without --aa and --color-jitter, and less than {MEMORY_LIMIT >> 30} GB of them. Else choose '
             '--hflip-mode random')
-    loader = create_loader(
-        part,
-        size,
-        batch_size,
-        is_training=train,
-        no_aug=not augment,
-        train_crop_mode=args.train_crop_mode if crop_padding is None else 'rrc',
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation if augment and args.train_interpolation else interpolation,
-        crop_pct=crop_pct,
-        num_workers=args.workers,
-        pin_memory=device.type == 'cuda',
-        distributed=train and world_size > 1,
-        persistent_workers=False,  # so that each epoch's begin with the epoch's seed
-        **normalize,
-        **erase,
-    )
+    with explained(AssertionError, LookupError, ValueError, of=f'--aa {args.aa}'):
+        loader = create_loader(
+            part,
+            size,
+            batch_size,
+            is_training=train,
+            no_aug=not augment,
+            train_crop_mode=args.train_crop_mode if crop_padding is None else 'rrc',
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation if augment and args.train_interpolation else interpolation,
+            crop_pct=crop_pct,
+            num_workers=args.workers,
+            pin_memory=device.type == 'cuda',
+            distributed=train and world_size > 1,
+            persistent_workers=False,  # so that each epoch's begin with the epoch's seed
+            **normalize,
+            **erase,
+        )
     if train and world_size > 1:
         loader.sampler.seed = args.seed
     if crop_padding is not None:  # instead of timm's first step, which is its crop

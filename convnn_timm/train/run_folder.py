@@ -1,4 +1,4 @@
-""" The run folder: what is in it besides the model, and whether a run may go on in it. """
+"""The run folder: what is in it besides the model, and whether a run may go on in it."""
 import argparse
 import csv
 import json
@@ -9,6 +9,7 @@ import subprocess
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -19,38 +20,38 @@ from timm.models import safe_model_name
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from convnn_timm.macs import count_macs, count_parameters
-from .flags import CALL, FLAGS, PLACE, SCHEDULE, UsageError, check_retired, complete, find_recipe
+from .flags import CALL, FLAGS, PLACE, SCHEDULE, UsageError, check_retired, complete, explained, find_recipe
 
 __all__ = [
     'Saver', 'begin_run', 'describe', 'draw_curve', 'environment', 'open_run', 'read_summary', 'recorded', 'run_folder',
     'state_classes_once', 'unfinished', 'without_folders']
 
-# What a run leaves that is killed before its first checkpoint.
+# Files of a run that was killed before its first checkpoint.
 FIRST_EPOCH = {
     'args.yaml', 'recipe.yaml', 'environment.json', 'model.txt', 'summary.csv', 'curve.png', 'tmp.pth.tar'}
 
 
 class Saver(utils.CheckpointSaver):
-    """timm's, but a checkpoint is replaced in one step; timm deletes the old one first."""
+    """timm's saver, which deletes the old checkpoint first. This one replaces it in one step."""
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Where the run's files are. (Without a name the folder of all runs; `begin_run` gives one.)"""
+    """The run's folder; the folder of all runs before `begin_run` has given the run a name."""
     return Path(args.output) / args.experiment
 
 
 def recorded(args: argparse.Namespace) -> Dict[str, Any]:
-    """The arguments that make the run; `convert` only if it is given, as not every run has known it."""
+    """What args.yaml says: the arguments that make the run, `convert` only if it is given."""
     return {
         name: getattr(args, name) for name, flag in FLAGS.items()
         if flag.role != CALL and (name != 'convert' or args.convert)}
 
 
 def open_run(args: argparse.Namespace, rank: int) -> str:
-    """Find the checkpoint to continue from, or ''; touches nothing.
+    """Find the checkpoint to continue from, or ''. Nothing is written.
 
     Raises:
         UsageError: If the folder holds another run or later epochs than the checkpoint, or if this is from a run with
@@ -72,7 +73,8 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
         if rank == 0 and len(read_summary(folder)) > 1:  # the row of an epoch is there before its checkpoint
             raise UsageError(f'{folder} is the record of a run without its checkpoint: choose another --experiment')
         return ''
-    saved = utils.load_checkpoint_metadata(checkpoint)
+    with explained(EOFError, RuntimeError, UnpicklingError, of=str(checkpoint)):
+        saved = utils.load_checkpoint_metadata(checkpoint)
     last = folder / 'last.pth.tar'
     if own and not auto and last.is_file() and utils.load_checkpoint_metadata(last)['epoch'] > saved.get('epoch', 0):
         raise UsageError(
@@ -80,7 +82,7 @@ def open_run(args: argparse.Namespace, rank: int) -> str:
     if 'args' not in saved:
         raise UsageError(f'{checkpoint} holds no training to resume, but --initial-checkpoint can take its weights')
     check_retired(str(checkpoint), vars(saved['args']))
-    # As in args.yaml, where a tuple is a list.
+    # In args.yaml a tuple is a list.
     before, now = (
         complete(json.loads(json.dumps(vars(arguments), default=str))) for arguments in (saved['args'], args))
     changed = [name for name, flag in FLAGS.items() if flag.role not in (PLACE, CALL) and now[name] != before[name]]
@@ -118,7 +120,7 @@ def not_empty(folder: Path) -> UsageError:
 
 
 def begin_run(args: argparse.Namespace, checkpoint: str, start: int, description: str) -> bool:
-    """Write into the run's folder what is there before its first epoch, or drop the record of epochs to be done again.
+    """Write what a run has before its first epoch. Where it goes on, drop the rows of epochs to be done again.
 
     Args:
         args: The run's arguments; gives it a name if it has none.
@@ -141,7 +143,7 @@ def begin_run(args: argparse.Namespace, checkpoint: str, start: int, description
                 file.write(text)
         except FileExistsError:
             raise not_empty(folder) from None
-        if checkpoint:  # so that the new run, too, can go on from the first moment
+        if checkpoint:  # the new run can be resumed from its first moment
             torch.save({**utils.load_checkpoint_metadata(checkpoint), 'args': args}, folder / 'tmp.pth.tar')
             os.replace(folder / 'tmp.pth.tar', folder / 'last.pth.tar')
             parts = [
@@ -156,7 +158,7 @@ def begin_run(args: argparse.Namespace, checkpoint: str, start: int, description
 
 
 def make_folder(args: argparse.Namespace) -> Path:
-    """Make the run's folder; without a name it gets date and model, and a number where another run has these."""
+    """Make the run's folder. A run without a name gets date and model, and a number if another run has these."""
     if args.experiment:
         run_folder(args).mkdir(parents=True, exist_ok=True)
         return run_folder(args)
@@ -191,7 +193,7 @@ def starts_alike(before: Dict[str, Any], now: Dict[str, Any], epochs: int) -> bo
 
 
 def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, Any]:
-    """What the run ran on; names neither the machine nor its users, nor folders besides the data's."""
+    """What the run ran on. It names neither the machine nor its users, and no folder but the data's."""
     def git(*words: str) -> Optional[str]:
         try:
             done = subprocess.run(('git', *words), cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -199,7 +201,7 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    tracked = git('ls-files', '--error-unmatch', Path(__file__).name)  # not installed into somebody else's checkout
+    tracked = git('ls-files', '--error-unmatch', Path(__file__).name)  # not those of another checkout around it
     cpuinfo = file.read_text() if (file := Path('/proc/cpuinfo')).is_file() else ''
     cpus = [line for line in cpuinfo.splitlines() if 'model name' in line]
     on_gpu = torch.device(args.device).type == 'cuda'
@@ -224,7 +226,7 @@ def environment(args: argparse.Namespace, command: Sequence[str]) -> Dict[str, A
 
 
 def without_folders(word: str) -> str:
-    """A word of a command, of an absolute path only its end."""
+    """A word of a command; of an absolute path only the last part."""
     flag, equals, value = word.rpartition('=') if word.startswith('--') else ('', '', word)
     return flag + equals + Path(value).name if os.path.isabs(value) else word
 

@@ -189,7 +189,12 @@ def test_wrong_model(flags, tmp_path, argv, message):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--opt', 'bogus'], 'bogus'), (['--sched', 'bogus'], 'bogus'), (['--aa', 'bogus'], 'bogus'),
+    (['--opt', 'bogus'], '--opt bogus: '), (['--sched', 'bogus'], '--sched bogus: '),
+    (['--aa', 'bogus'], '--aa bogus: '), (['--opt-kwargs', 'foo=1'], "--opt sgd: .*unexpected keyword argument 'foo'"),
+    (['--gp', 'bogus'], 'bogus'),
+    (['--torchcompile', 'bogus'], '--torchcompile bogus: '), (['--dataset', 'torch/bogus'], '--dataset torch/bogus: '),
+    (['--model', 'dla46_c', '--img-size', '32', '--grad-checkpointing'], 'gradient checkpointing not supported'),
+    (['--resume', __file__], 'test_engine.py: '),
     (['--device', 'tpu'], 'tpu'), (['--initial-checkpoint', 'nowhere.pth'], 'nowhere.pth'),
     (['--model', 'resnet18_convnn', '--model-kwargs', 'K=500', 'channels=(8,8,8,8)'], 'K=500 neighbours need as many'),
     (['--output', __file__], 'Not a directory'), (['--input-size', '2', '16', '16'], 'image files have 1'),
@@ -198,6 +203,15 @@ def test_what_goes_wrong_before_the_first_epoch_is_said_in_a_line(flags, tmp_pat
     with pytest.raises(SystemExit, match=message) as error:
         main([*flags, '--output', str(tmp_path / 'out'), *argv])
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('place, bug', [
+    ('fit_batch_size', TypeError), ('create_optimizer', KeyError), ('create_batches', AssertionError),
+])
+def test_a_bug_shows_its_traceback(flags, tmp_path, monkeypatch, place, bug):
+    monkeypatch.setattr(engine, place, Mock(side_effect=bug))
+    with pytest.raises(bug):
+        main([*flags, '--output', str(tmp_path)])
 
 
 def test_too_few_classes_and_images(flags, tmp_path):
