@@ -69,7 +69,7 @@ class Flag:
     choices: Tuple[str, ...] = ()
     count: Union[int, str, None] = None  # number of values, or as in argparse
     role: str = TRAINING
-    null: bool = False  # a recipe's null is not the default
+    null: bool = False  # null has a meaning of its own, though the default is something
     short: str = ''
     const: Any = None  # value of the flag without a value
 
@@ -84,6 +84,10 @@ class Flag:
     @property
     def is_list(self) -> bool:
         return self.count is not None and self.kind in (int, float)
+
+    @property
+    def may_be_nothing(self) -> bool:
+        return self.null or not self.default
 
     def add_to(self, parser: argparse._ArgumentGroup) -> None:
         """Add the flag to the command line."""
@@ -107,10 +111,9 @@ class Flag:
     def read(self, value: Any) -> Any:
         """Return a recipe's value as the parser takes it, or raise `UsageError`.
 
-        A number may be text, which the parser reads as it does the command line's. Null stands for a default that is
-        nothing.
+        A number may be text, which the parser reads like the command line's. Null is the default where that is nothing.
         """
-        if value is None and (self.null or not self.default):
+        if value is None and self.may_be_nothing:
             return None if self.null else self.default
         if self.is_list:
             numbers = (int,) if self.kind is int else (int, float)
@@ -136,7 +139,7 @@ class Flag:
 
     def check(self, value: Any) -> None:
         """Raise `UsageError` for a value out of range, wherever it comes from."""
-        if self.choices and value and value not in self.choices:
+        if self.choices and value not in self.choices and (value or not self.may_be_nothing):
             raise UsageError(f'{self.option} must be one of {", ".join(self.choices)}, got {value}')
         numbers = value if isinstance(value, list) else [] if value is None else [value]
         if self.within and not all(map(RANGES[self.within], numbers)):

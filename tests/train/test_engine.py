@@ -46,10 +46,10 @@ def test_model_folder_loads_back_with_equal_logits(run):
 
 def test_model_folder_keeps_the_model_arguments(flags, tmp_path):
     folder = main([
-        *flags, '--model', 'resnet18_convnn_branching', '--model-kwargs', 'K=3', 'branch_ratio=0.25', '--epochs', '1',
+        *flags, '--model', 'resnet18_convnn_branching', '--model-kwargs', 'K=3', 'channels=(8,8,8,8)', '--epochs', '1',
         '--batch-size', '60', '--channels-last', '--model-ema', '--output', str(tmp_path), '--experiment', 'run'])
     model = timm.create_model(f'local-dir:{folder / "model"}', pretrained=True)
-    twin = timm.create_model('resnet18_convnn_branching', num_classes=3, K=3, branch_ratio=0.25)
+    twin = timm.create_model('resnet18_convnn_branching', num_classes=3, K=3, channels=(8, 8, 8, 8))
     twin.load_state_dict(weights(folder)['state_dict_ema'])
     assert equal(model.state_dict(), twin.state_dict())
     assert str(model) == str(twin)

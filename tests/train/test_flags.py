@@ -81,6 +81,7 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     ([], '--data-dir DIR'),
     (['x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
     (['x', '--sched', 'plateau'], 'plateau is not supported'),
+    (['x', '--amp-dtype', ''], '--amp-dtype must be one of float16, bfloat16, got'),
     (['x', '--amp-dtype', 'float8'], '--amp-dtype must be one of float16, bfloat16, got float8'),
     (['x', '--interpolation', 'random'], '--interpolation must be one of nearest, '),
     (['x', '--train-interpolation', 'foo'], '--train-interpolation must be one of nearest, '),
