@@ -228,7 +228,8 @@ class _ConvNN(NeighborLayer):
     def _select_by_location(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
         """(1, Q, K) in raster order, equal for all images. Found once, unless candidates are drawn anew."""
         drawn = self.sampling_type == 'random' and self.training
-        if drawn or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # these need standard operators only
+        standard_only = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()  # no operators of this package
+        if drawn or standard_only:
             return self._find_by_location(size, device)
         return _neighbors_by_location(size, device, *[getattr(self, name) for name in BY_LOCATION])
 
@@ -236,8 +237,8 @@ class _ConvNN(NeighborLayer):
         """(1, Q, K) in raster order. The nearest by distance among all tokens are known without a search."""
         if self.chooses_by_distance:
             return self._nearest(size, device).unsqueeze(0)
-        able = device if device.type != 'mps' else None  # which has no doubles: on the CPU instead
-        positions = centered_positions(padded(size, self.padding), able)
+        on = device if device.type != 'mps' else None  # mps has no float64: the CPU searches
+        positions = centered_positions(padded(size, self.padding), on)
         return self._own_and_search(positions.unsqueeze(0), size).sort(dim=-1).values.to(device)
 
     def _nearest(self, size: Tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -247,7 +248,7 @@ class _ConvNN(NeighborLayer):
             return grid_neighbors(padded(size, self.padding), self.K, start, self.stride, stop, device)
         position = raster(padded(size, self.padding), device)
         nearest = position.new_empty(*position.shape, self.K)
-        # The remainders, by dilation, of the rows and columns that ask.
+        # Rows and columns see those with their own remainder by dilation. These are the remainders that queries have.
         remainders = [sorted({(self.padding + i) % self.dilation for i in range(0, n, self.stride)}) for n in size]
         for phase in itertools.product(*remainders):
             every = tuple(slice(first, None, self.dilation) for first in phase)
