@@ -16,9 +16,13 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from timm.models import save_for_hf
 
-from convnn_timm import cli
-from convnn_timm.hub import publish as hub
-from convnn_timm.hub.card import Record, base_of, read_card, write_card
+from convnn_timm import cli, hub
+from convnn_timm.hub import exporting
+from convnn_timm.hub.card import read_card, write_card
+from convnn_timm.hub.exporting import base_of
+from convnn_timm.hub.folder import read_config
+from convnn_timm.hub.manifest import make_entry
+from convnn_timm.hub.records import Record, copy_record
 from convnn_timm.models import _weights
 from convnn_timm.train.engine import main as train
 
@@ -140,7 +144,7 @@ def test_a_shipped_card_and_line_of_the_manifest_are_those_of_the_files(name, tm
     write_card(folder, name)
     assert (folder / 'README.md').read_text() == (SHIPPED[name] / 'README.md').read_text()
     entry, = (e for e in json.loads((ROOT / 'convnn_timm' / 'models' / 'manifest.json').read_text()) if e['name'] == name)
-    assert {**hub.manifest_entry(folder, name), 'hub_id': entry['hub_id'], 'revision': entry['revision']} == entry
+    assert {**make_entry(folder, name), 'hub_id': entry['hub_id'], 'revision': entry['revision']} == entry
 
 
 @pytest.mark.parametrize('name', SHIPPED)
@@ -160,10 +164,10 @@ def test_a_shipped_weight_loads_in_transformers(name):
 
 def test_a_folder_that_says_the_number_of_classes_twice_is_read(card):
     """As timm writes it."""
-    config, entry = hub.read_config(card), hub.manifest_entry(card, NAME)
+    config, entry = read_config(card), make_entry(card, NAME)
     twice = dict(config, model_args=dict(config['model_args'], num_classes=3))
     (card / 'config.json').write_text(json.dumps(twice))
-    assert hub.read_config(card) == config and hub.manifest_entry(card, NAME) == entry
+    assert read_config(card) == config and make_entry(card, NAME) == entry
     assert hub.check_folder(card, entry) == []
     assert hub.check_folder(card, dict(entry, model_args=twice['model_args'])) == []
     assert timm.create_model(f'local-dir:{card}', pretrained=True).num_classes == 3
@@ -203,7 +207,7 @@ def test_a_record_names_no_places(published, tmp_path):
     rewrite(run / 'environment.json', command=command)
     for written, copied in ((run / 'args.yaml').read_text(), None), (recipe, recipe):
         (run / 'recipe.yaml').write_text(written)
-        hub.copy_record(run, tmp_path / f'record-{bool(copied)}')
+        copy_record(run, tmp_path / f'record-{bool(copied)}')
         folder = tmp_path / f'record-{bool(copied)}'
         assert (folder / 'recipe.yaml').read_text() == (copied or (folder / 'args.yaml').read_text())
     record = yaml.safe_load((folder / 'args.yaml').read_text())
@@ -245,8 +249,8 @@ def test_weights_are_rounded_only_where_it_costs_nothing(published, monkeypatch)
     model = timm.create_model('resnet18_conv2d', channels=(8, 8, 16, 16))
     for cost, stored, dtype in ((0.05, 'float16', torch.float16), (0.06, 'float32', torch.float32)):
         top1 = iter((90.0, 90.0 - cost))
-        monkeypatch.setattr(hub, 'evaluate', lambda *_, **__: dict(top1=next(top1)))
-        precision, results, weights = hub.choose_precision(model, None, channels_last=True)
+        monkeypatch.setattr(exporting, 'evaluate', lambda *_, **__: dict(top1=next(top1)))
+        precision, results, weights = exporting.choose_precision(model, None, channels_last=True)
         assert precision == stored and weights['fc.weight'].dtype == dtype
         assert weights['bn1.num_batches_tracked'].dtype == torch.int64
 
@@ -291,7 +295,7 @@ def test_what_export_refuses(published, manifest, capsys, tmp_path):
 
 @pytest.fixture
 def no_evaluation(monkeypatch):
-    monkeypatch.setattr(hub, 'open_evaluation', lambda *_: pytest.fail('the evaluation was begun'))
+    monkeypatch.setattr(exporting, 'open_evaluation', lambda *_: pytest.fail('the evaluation was begun'))
 
 
 def test_export_replaces_nothing_that_it_did_not_write(published, manifest, card, capsys, tmp_path, no_evaluation):
@@ -316,7 +320,7 @@ def test_a_manifest_that_cannot_be_written_is_known_before_the_evaluation(
 
 def test_an_installed_copy_records_weights_beside_them_and_stays_as_it_is(
         published, manifest, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
     (tmp_path / 'checkout' / 'pyproject.toml').unlink()
     before = manifest.read_text()
     run = Path(shutil.copytree(published / 'output' / 'resnet18_conv2d', tmp_path / 'run'))
@@ -324,7 +328,7 @@ def test_an_installed_copy_records_weights_beside_them_and_stays_as_it_is(
     folder = run / 'resnet18_conv2d.noise'
     out = capsys.readouterr().out
     assert out.startswith(f'{folder}: it loads as local-dir:{folder}.') and 'manifest' not in out
-    assert json.loads((folder / 'manifest-line.json').read_text()) == hub.manifest_entry(folder, folder.name)
+    assert json.loads((folder / 'manifest-line.json').read_text()) == make_entry(folder, folder.name)
     assert manifest.read_text() == before and not any((tmp_path / 'checkout' / 'model_cards').iterdir())
     assert cli.main(['verify', str(folder)]) == 0  # by the hash that is recorded there
     assert 'hash, tensors and logits are right' in capsys.readouterr().out
@@ -336,7 +340,7 @@ def test_an_installed_copy_records_weights_beside_them_and_stays_as_it_is(
 
 
 def test_the_manifest_lists_what_is_in_the_checkouts_own_model_cards(published, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
     run, before = published / 'output' / 'resnet18_conv2d', manifest.read_text()
     elsewhere = hub.export(run, 'noise', tmp_path / 'elsewhere')
     assert (elsewhere / 'manifest-line.json').is_file() and manifest.read_text() == before
@@ -349,14 +353,14 @@ def test_the_manifest_lists_what_is_in_the_checkouts_own_model_cards(published, 
     assert _weights.published_names() == [here.name, NAME]
 
 
-@pytest.mark.parametrize('step', ['write_card', 'manifest_entry'])
+@pytest.mark.parametrize('step', ['write_card', 'make_entry'])
 def test_an_interrupted_export_leaves_nothing(published, manifest, capsys, tmp_path, monkeypatch, step):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = manifest.read_text()
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
-    monkeypatch.setattr(hub, step, interrupt)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, step, interrupt)
     run = published / 'output' / 'resnet18_conv2d'
     assert 'interrupted' in error_of(capsys, 'export', run, '--tag', 'noise', '--output', tmp_path / 'cards')
     assert not list((tmp_path / 'cards').iterdir()) and manifest.read_text() == before
@@ -365,7 +369,7 @@ def test_an_interrupted_export_leaves_nothing(published, manifest, capsys, tmp_p
 def test_an_old_folder_is_kept_until_the_new_one_is_there(card):
     files = sorted(path.name for path in card.iterdir())
     with pytest.raises(FileNotFoundError):
-        hub.put_in_place(card.parent / 'new', card)
+        exporting.put_in_place(card.parent / 'new', card)
     kept, = card.parent.iterdir()
     assert sorted(path.name for path in kept.iterdir()) == files and hub.published_folders(card.parent) == []
 
@@ -451,12 +455,12 @@ def test_the_card_says_how_far_seeds_differ(card):
     repeat(training / 'seeds' / '1', 2).rename(training / 'seeds' / '2')
     for folder, top1 in ((training, 90.), (training / 'seeds' / '1', 91.), (training / 'seeds' / '2', 92.5)):
         set_top1(folder, top1)
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     text = (card / 'README.md').read_text()
     assert 'The same training with 3 seeds, as recorded after the last epoch.' in text
     assert 'sample standard deviation: **91.17 ± 1.26**' in text and '| 1 | 91.00 |' in text and '1 seed:' not in text
     shutil.rmtree(training / 'seeds')
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     text = (card / 'README.md').read_text()
     assert 'one run with 1 seed: how far others would differ from it was not measured' in text and '±' not in text
     assert 'Of several seeds' not in text
@@ -466,12 +470,12 @@ def test_seeds_beyond_nine_are_in_order(card):
     seeds = card / 'training' / 'seeds'
     for seed in (10, 2):
         repeat(seeds / '1', seed).rename(seeds / str(seed))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     assert '| 0, 1, 2, 10 | 2 |' in (card / 'README.md').read_text()
 
 
 def test_the_twin_may_be_published_and_brings_its_seeds(published, manifest, results_table, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
     hybrid, conv = (published / 'output' / f'resnet18_{layer}' for layer in ('convnn_branching', 'conv2d'))
     conv = Path(shutil.copytree(conv, tmp_path / 'conv'))
     set_top1(conv, 92.)
@@ -497,7 +501,7 @@ def test_the_twin_may_be_published_and_brings_its_seeds(published, manifest, res
     ('convnn_converted', dict(base='test_resnet', convert=dict(branch_ratio=0.25)), 'as the arguments say\n')])
 def test_the_card_says_in_which_form_the_layers_are(card, architecture, model_args, text):
     rewrite(card / 'config.json', architecture=architecture, model_args=model_args)
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     arguments, line = re.findall(r'^- \*\*(?:Architecture|Layers):\*\* (.*\n)', (card / 'README.md').read_text(), re.MULTILINE)
     assert line.endswith(text)
     if architecture == 'resnet18_conv2d':  # which has no use for it
@@ -508,16 +512,16 @@ def test_the_card_says_where_the_twin_differs(published, card):
     file = card / 'training' / 'twin' / 'args.yaml'
     args = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({**args, 'lr': 0.3, 'device': 'mps'}))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     assert f'with other arguments: `lr`: {args["lr"]} here, 0.3 there.' in (card / 'README.md').read_text()
     set_last(file.parent, 'eval_images', 12)
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     assert '0.3 there, and evaluated on 12 images, not 24. Both' in (card / 'README.md').read_text()
 
 
 def test_step_times_are_compared_on_one_machine(card):
     def text():
-        hub.write_card(card, NAME)
+        write_card(card, NAME)
         return (card / 'README.md').read_text()
 
     training, twin = card / 'training', card / 'training' / 'twin'
@@ -538,7 +542,7 @@ def test_what_an_older_trainer_did_not_know_was_as_by_default(card):
     args = yaml.safe_load((card / 'training' / 'args.yaml').read_text())
     assert args.pop('lr_k_decay') == 1
     (card / 'training' / 'twin' / 'args.yaml').write_text(yaml.safe_dump(args))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     assert 'The twin was trained with the same arguments.' in (card / 'README.md').read_text()
 
 
@@ -546,7 +550,7 @@ def test_the_card_says_that_epochs_were_trained_on_smaller_images(card):
     file = card / 'training' / 'args.yaml'
     assert 'train_sizes' not in (card / 'README.md').read_text()
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), 'train_sizes': [8, 12]}))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     assert '\n| train_sizes | 8 12 |\n' in (card / 'README.md').read_text()
     assert re.search(r'by training/recipe\.yaml with .*`train_sizes: \[8, 12\]`', (card / 'README.md').read_text())
 
@@ -557,7 +561,7 @@ def test_the_card_says_how_images_were_cropped(card, crop_padding, rows):
     file = card / 'training' / 'args.yaml'
     crops = dict(crop_padding=crop_padding, crop_padding_mode='reflect')
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **crops}))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     text = (card / 'README.md').read_text()
     assert rows in text and text.count('| crop_') == rows.count('| crop_')
 
@@ -568,7 +572,7 @@ def test_a_card_without_twin_recipe_or_classes(card):
     (card / 'training' / 'recipe.yaml').unlink()
     rewrite(card / 'config.json', label_names=None)
     rewrite(card / 'training' / 'evaluation.json', note='')
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     text = (card / 'README.md').read_text()
     assert 'twin' not in text and 'recipe' not in text and 'None' not in text
     assert 'Trained on CIFAR-10: 48 images in 3 classes.' in text and '**Classes:** 3\n' in text
@@ -593,7 +597,7 @@ def test_the_data_is_what_the_run_and_the_user_say_it_is(card, args, told, name,
     rewrite(card / 'training' / 'evaluation.json', **{**unknown, 'tag': 'cifar10', **told})
     file = card / 'training' / 'args.yaml'
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **args}))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     data, text = ModelCard.load(card / 'README.md').data, (card / 'README.md').read_text()
     classes = '' if hub_id else ' (bee, cat, dog)'
     assert f'Trained on {name} (made of noise): 48 images in 3 classes{classes}.\n' in text
@@ -611,7 +615,7 @@ def test_names_do_not_break_the_card(card, results_table):
     args = card / 'training' / 'args.yaml'
     recorded = yaml.safe_load(args.read_text())
     args.write_text(yaml.safe_dump({**recorded, 'initial_checkpoint': 'a`b\n.pt', 'opt': 'a|b'}))
-    hub.write_card(card, NAME)
+    write_card(card, NAME)
     text, clean = (card / 'README.md').read_text(), ModelCard.load(card / 'README.md').data
     shown = r'a|b, - c, d  \# e, \*f\*, \_g_h\_, \`i\`, \<b\>, j  , \[k\](l)'
     assert f'**Classes:** 3: {shown}\n' in text and f'3 classes ({shown}).\n' in text
@@ -645,7 +649,7 @@ def converted_run(published: Path, output: Path, *flags: str) -> Path:
 
 def test_no_licence_and_no_start_is_assumed(published, manifest, capsys, caplog, tmp_path, monkeypatch):
     """From the weights that the training starts from to logits that the command checks."""
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
     start = tmp_path / 'start.safetensors'
     save_file(timm.create_model('test_resnet', num_classes=3).state_dict(), start)
     run = converted_run(published, tmp_path, '--model', 'test_resnet', '--initial-checkpoint', str(start))
@@ -673,7 +677,7 @@ def test_no_licence_and_no_start_is_assumed(published, manifest, capsys, caplog,
 
 
 def test_a_fine_tuned_network_keeps_the_licence_of_its_start(published, manifest, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, 'MEASURED_SECONDS', 0.01)
+    monkeypatch.setattr(exporting, 'MEASURED_SECONDS', 0.01)
     save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'start', safe_serialization=True)
     run = converted_run(published, tmp_path, '--model', f'local-dir:{tmp_path}/start', '--pretrained')
     data = ModelCard.load(hub.export(run, 'noise', tmp_path / 'cards') / 'README.md').data

@@ -17,8 +17,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import hub_server
-from convnn_timm.hub.card import build_model, write_card
-from convnn_timm.hub.publish import manifest_entry, write_golden
+from convnn_timm.hub.card import write_card
+from convnn_timm.hub.folder import build_model, write_golden
+from convnn_timm.hub.manifest import make_entry
 from hub_server import Handler, Hub, sha256
 from test_card import NAME, publish
 
@@ -575,7 +576,7 @@ def make_published(session, name, **model_args):
     save_file(build_model(config).state_dict(), folder / WEIGHTS, metadata={'format': 'pt'})
     write_golden(folder)
     write_card(folder, name)
-    session.manifest.write_text(json.dumps([manifest_entry(folder, name)]))
+    session.manifest.write_text(json.dumps([make_entry(folder, name)]))
     return folder
 
 

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence
 
-from convnn_timm.hub.card import Card, Record, accuracy, read_card, text
-from convnn_timm.hub.publish import published_folders
+from convnn_timm.hub import published_folders
+from convnn_timm.hub.card import Card, read_card, text
+from convnn_timm.hub.records import Record, accuracy
 from convnn_timm.models._weights import published_names
 
 ROOT = Path(__file__).parents[1]

@@ -65,19 +65,19 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from convnn_timm.hub import publish as hub
+    from convnn_timm import hub
     from convnn_timm.models import _weights
     folder = hub.export(
         args.run, args.tag, args.output, args.twin, args.data_note, args.data_dir, str(find_device(args.device)),
         args.force, args.seeds, args.dataset_id, args.dataset_name, args.dataset_split, args.license,
         args.base_model)
-    record = '' if (folder / hub.RECORD).is_file() else f', with a line in {_weights.MANIFEST}'
+    record = '' if (folder / hub.ENTRY).is_file() else f', with a line in {_weights.MANIFEST}'
     print(f'{folder}{record}: it loads as local-dir:{folder}. Read README.md, then publish it with: '
           f'convnn-timm push {folder}')
 
 
 def push(args: argparse.Namespace) -> int:
-    from convnn_timm.hub import publish as hub
+    from convnn_timm import hub
     if bool(args.folder) == args.all:
         raise CommandError('which weights? A folder, or --all', code=2)
     folders = hub.published_folders(Path('model_cards')) if args.all else [args.folder]
@@ -96,7 +96,7 @@ def push(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from convnn_timm.hub import publish as hub
+    from convnn_timm import hub
     status = 0
     for weight in args.weights:
         try:
@@ -113,7 +113,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def pull(args: argparse.Namespace) -> int:
-    from convnn_timm.hub import publish as hub
+    from convnn_timm import hub
     status = 0
     for weight in args.weights:
         try:

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -17,21 +16,19 @@ import torch
 import torch.nn as nn
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import parse_model_name
 
 from convnn_timm.conversion import convert
 from convnn_timm.layers import layer_arguments
 from convnn_timm.layers.registry import REGISTRY
 from convnn_timm.macs import count_macs, count_parameters
 from convnn_timm.models._common import layer_of
-from convnn_timm.models._weights import WeightsError, find_entry, namespace, split_revision
-from convnn_timm.train.flags import complete, defaults, places
+from convnn_timm.models._weights import namespace
 from convnn_timm.train.data import EVAL_SPLITS
-from convnn_timm.train.run_folder import read_summary, state_classes_once
+from convnn_timm.train.flags import defaults
+from .folder import CARD, build_model, read_config
+from .records import PLACES, Record, accuracy, compared, read_runs
 
-__all__ = [
-    'PLACES', 'Card', 'Record', 'accuracy', 'base_of', 'build_model', 'compared', 'empty_fields', 'machine_name',
-    'read_card', 'read_config', 'text', 'write_card']
+__all__ = ['Card', 'read_card', 'text', 'write_card']
 
 # Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and what the split to evaluate on is called there.
 DATASETS = {
@@ -49,7 +46,6 @@ DEPARTURES = {
 }
 # Arguments that branching layers had when published runs were made, whose convolutions were given them too.
 FORMER_BRANCHING = {'branch_norm', 'pointwise_init'}
-PLACES = places()
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
 CROPS = ('crop_padding', 'crop_padding_mode')  # the second means nothing without the first
 SHOWN = (
@@ -58,76 +54,6 @@ SHOWN = (
 TEMPLATE = Path(__file__).with_name('card_template.md')
 
 
-def read_config(folder: Path) -> Dict[str, Any]:
-    """The folder's config.json, with the number of classes in one place (see `state_classes_once`)."""
-    file = folder / 'config.json'
-    try:
-        return state_classes_once(json.loads(file.read_text()))
-    except ValueError as error:
-        raise WeightsError(f'{file} is damaged: {error}') from error
-
-
-def build_model(config: Dict[str, Any], device: str = 'cpu') -> nn.Module:
-    """The model that a config.json describes, with its weights as drawn."""
-    args = dict(config.get('model_args', {}), num_classes=config['num_classes'])
-    return timm.create_model(config['architecture'], device=device, pretrained_model_args=args, **args)
-
-
-class Record:
-    """What a run recorded: its arguments, the rows of its summary, its environments, those of resumed parts last."""
-
-    def __init__(self, folder: Path):
-        later = sorted(folder.glob('environment-*.json'), key=lambda file: int(file.stem.partition('-')[2]))
-        files = [folder / 'environment.json', *later]
-        self.args = complete(yaml.safe_load((folder / 'args.yaml').read_text()))
-        self.summary = read_summary(folder)
-        self.environments = [json.loads(file.read_text()) for file in files]
-
-    def last(self, column: str) -> float:
-        return float(self.summary[-1][column])
-
-    @property
-    def epochs(self) -> int:
-        return int(self.last('epoch')) + 1
-
-    @property
-    def images(self) -> int:
-        """How many images it was evaluated on."""
-        return int(float(self.summary[-1]['eval_images']))
-
-    @property
-    def speed(self) -> float:
-        """Images a second in training, in the median epoch of full-size images: other programs may have slowed some."""
-        rows = self.summary[len(self.args['train_sizes'] or ()):] or self.summary
-        return median(float(row['train_images_per_s']) for row in rows)
-
-    @property
-    def machines(self) -> List[str]:
-        """Where it ran; several if it was resumed elsewhere."""
-        return [*dict.fromkeys(map(machine_name, self.environments))]
-
-    @property
-    def machine(self) -> str:
-        return ', then '.join(self.machines)
-
-
-def read_runs(folder: Path) -> List[Record]:
-    """What is recorded of a training in a folder, and of its repetitions in the folder's seeds/."""
-    repetitions = sorted((folder / 'seeds').glob('*'), key=lambda path: int(path.name))
-    return [Record(path) for path in (folder, *repetitions)]
-
-
-def compared(runs: Sequence[Record], twins: Sequence[Record]) -> Optional[Tuple[Record, Record]]:
-    """A run and a twin whose speeds compare, of the same seed and each on the same single machine; None without any."""
-    same = ((run, twin) for run in runs for twin in twins
-            if run.args['seed'] == twin.args['seed'] and run.machines == twin.machines and len(run.machines) == 1)
-    return next(same, None)
-
-
-def accuracy(runs: Sequence[Record], column: str = 'eval_top1') -> str:
-    """What runs recorded after their last epoch: mean, and sample standard deviation if they are several."""
-    values = [run.last(column) for run in runs]
-    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
 
 
 def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
@@ -136,15 +62,6 @@ def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
     if 'branching' not in layer:
         ignored |= FORMER_BRANCHING
     return {name: value for name, value in arguments.items() if name not in ignored}
-
-
-def machine_name(environment: Dict[str, Any]) -> str:
-    """The processor that an environment.json names."""
-    threads, capability = environment['threads'], environment.get('cpu_capability')
-    vectors = f' with {capability}' if capability else ''
-    if environment.get('cpu_amx'):
-        vectors += ' and AMX'
-    return environment['gpu'] or f'{environment["cpu"]}{vectors}, {threads} thread{"s" if threads > 1 else ""}'
 
 
 def printable(value: Any) -> str:
@@ -369,39 +286,7 @@ def write_card(folder: Path, name: str) -> None:
     made = ModelCard.from_template(
         metadata(card), template_path=str(TEMPLATE), card=card,
         link=f'hf-hub:{namespace()}/{name}', accuracy=accuracy, text=text, code=code)
-    (folder / 'README.md').write_text(f'{made.content}\n', encoding='utf-8')
-
-
-def base_of(args: Dict[str, Any]) -> Optional[str]:
-    """Repository on the Hub of the weights that a run started from, if its arguments tell and there is one."""
-    if not args['pretrained'] or args['initial_checkpoint']:
-        return None
-    source, name = parse_model_name(args['model'])
-    if source:
-        return split_revision(name)[0] if source == 'hf-hub' else None
-    if name == 'convnn_converted':
-        name = args['model_kwargs'].get('base', 'resnet18')
-    repo = timm.get_pretrained_cfg(name).hf_hub_id
-    entry = find_entry(repo) if repo else None
-    return None if entry and entry['revision'] is None else repo  # which was not pushed yet
-
-
-def empty_fields(folder: Path) -> Dict[str, str]:
-    """What the card of a published weight leaves open, and the flag of `export` that fills it."""
-    try:
-        data = ModelCard.load(folder / 'README.md').data
-    except (ValueError, yaml.YAMLError) as error:
-        raise WeightsError(f'{folder / "README.md"}: its metadata cannot be read: {error}') from error
-    record = folder / 'training' / 'args.yaml'
-    args = yaml.safe_load(record.read_text()) if record.is_file() else {}
-    empty = {}
-    if not data.license:
-        empty['licence'] = '--license'
-    if not data.datasets:
-        empty['data set on the Hub'] = '--dataset-id'
-    if not data.base_model and (args.get('pretrained') or args.get('initial_checkpoint')):
-        empty['base model, though the training started from weights'] = '--base-model'
-    return empty
+    (folder / CARD).write_text(f'{made.content}\n', encoding='utf-8')
 
 
 def metadata(card: Card) -> ModelCardData:

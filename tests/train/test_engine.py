@@ -22,7 +22,7 @@ from timm.optim import muon
 from torch.overrides import TorchFunctionMode
 
 from convnn_timm import convert
-from convnn_timm.hub import publish as hub
+from convnn_timm import hub
 from convnn_timm.models import _weights
 from convnn_timm.train import engine
 from convnn_timm.train.engine import evaluate, main

@@ -16,7 +16,7 @@ from PIL import Image
 from runs import equal, weights
 from safetensors.torch import load_file
 
-from convnn_timm.hub import publish as hub
+from convnn_timm import hub
 from convnn_timm.models import _weights
 from convnn_timm.train import engine, run_folder
 from convnn_timm.train.engine import main, parse_args
