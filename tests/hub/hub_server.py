@@ -115,6 +115,10 @@ class Hub:
         repository = self.repositories[name]
         return repository.commits[repository.resolve(revision)]
 
+    def asked(self, what: str) -> List[str]:
+        """The requests so far in which `what` is found."""
+        return [line for line in self.log if what in line]
+
     def fail(self, method: str, path: str, fault: Any, times: int = 1) -> None:
         """Make the next requests of that method, with a path in which the pattern `path` is found, fail.
 
