@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Sequence
 
 from convnn_timm.hub import published_folders
-from convnn_timm.hub.card import Card, read_card, text
+from convnn_timm.hub.card import Card, read_card
+from convnn_timm.hub.markdown import text
 from convnn_timm.hub.records import Record, accuracy
 from convnn_timm.models._weights import published_names
 

@@ -1,11 +1,10 @@
 """The model card of a published weight, made from the files beside it: no figure in it is typed by hand.
 
-The figures come from training/ (what the run, its repetitions with other seeds and its twin recorded, and
-evaluation.json), sizes and costs from the model that config.json describes.
+Results come from training/, sizes and costs from the model that config.json describes. This file computes the values,
+card_template.md has the words between them.
 """
 import inspect
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,17 +25,18 @@ from convnn_timm.models._weights import namespace
 from convnn_timm.train.data import EVAL_SPLITS
 from convnn_timm.train.flags import defaults
 from .folder import CARD, build_model, read_config
+from .markdown import code, printable, text
 from .records import PLACES, Record, accuracy, compared, read_runs
 
-__all__ = ['Card', 'read_card', 'text', 'write_card']
+__all__ = ['Card', 'read_card', 'write_card']
 
-# Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and what the split to evaluate on is called there.
+# Data sets of `--dataset torch/NAME`: identifier on the Hub, name, and the name of the evaluation split there.
 DATASETS = {
     'cifar10': ('uoft-cs/cifar10', 'CIFAR-10', 'test'),
     'cifar100': ('uoft-cs/cifar100', 'CIFAR-100', 'test'),
     'imagenet': ('ILSVRC/imagenet-1k', 'ImageNet-1k', 'validation'),
 }
-# What arguments of a layer change in the form that it has in the paper, which is that of its defaults.
+# How an argument of a layer changes it from the paper's form, which is that of the defaults.
 DEPARTURES = {
     ('sampling_type', 'random'): 'neighbours are searched among {num_samples} random positions',
     ('sampling_type', 'spatial'): 'neighbours are searched among a grid of {num_samples} x {num_samples} positions',
@@ -47,7 +47,7 @@ DEPARTURES = {
 # Arguments that branching layers had when published runs were made, whose convolutions were given them too.
 FORMER_BRANCHING = {'branch_norm', 'pointwise_init'}
 CYCLES = ('lr_cycle_limit', 'lr_cycle_mul', 'lr_cycle_decay')  # of the schedule, which repeats after `epochs`
-CROPS = ('crop_padding', 'crop_padding_mode')  # the second means nothing without the first
+CROPS = ('crop_padding', 'crop_padding_mode')  # without crop_padding, the mode means nothing
 SHOWN = (
     'opt', 'lr', 'momentum', 'weight_decay', 'batch_size', 'sched', 'epochs', *CYCLES, 'warmup_epochs', 'smoothing',
     'train_sizes', *CROPS, 'hflip', 'hflip_mode', 'mixup', 'cutmix', 'drop', 'clip_grad', 'amp_dtype', 'model_ema')
@@ -57,47 +57,30 @@ TEMPLATE = Path(__file__).with_name('card_template.md')
 
 
 def useful(layer: str, arguments: Dict[str, Any]) -> Dict[str, Any]:
-    """A model's arguments without those of other layers, which its own take and ignore."""
+    """A model's arguments without those that only other layers use: its own layer ignores them."""
     ignored = {*layer_arguments()} - {*layer_arguments(layer)} if layer in REGISTRY else set()
     if 'branching' not in layer:
         ignored |= FORMER_BRANCHING
     return {name: value for name, value in arguments.items() if name not in ignored}
 
 
-def printable(value: Any) -> str:
-    """The value in one line, without control characters."""
-    return ''.join(c if c.isprintable() else ' ' for c in str(value))
-
-
-def text(value: Any) -> str:
-    """Markdown that shows the value as it is. (A table escapes the bars in its cells.)"""
-    return re.sub(r'([\\`*\[\]<>&~$#]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))', r'\\\1', printable(value))
-
-
-def code(value: Any) -> str:
-    """Markdown that shows the value as code."""
-    value = printable(value)
-    ticks = '`' * (1 + max(map(len, re.findall('`+', value)), default=0))
-    return f'{ticks} {value} {ticks}' if '`' in value else f'{ticks}{value}{ticks}'
-
-
 @dataclass
 class Card:
-    """What the card says, from the files that it is made from. The words between the values are in TEMPLATE."""
+    """The values in a card, computed from the files that it is made from."""
     name: str
     config: Dict[str, Any]
     evaluation: Dict[str, Any]
-    runs: List[Record]  # that which made the weights, and its repetitions with other seeds
-    twins: List[Record]  # the same of the convolution, if there is one
+    runs: List[Record]  # the run that made the weights, then its repetitions with other seeds
+    twins: List[Record]  # the runs of the convolution twin, if there is one
     recipe: Optional[Dict[str, Any]]
 
     @cached_property
     def model(self) -> nn.Module:
-        return build_model(self.config, 'meta').eval()  # shapes without memory
+        return build_model(self.config, 'meta').eval()  # only shapes are needed
 
     @property
     def layer(self) -> str:
-        """What stands for the 3x3 convolutions; 'converted', which is no layer, in another network."""
+        """What replaces the 3x3 convolutions: a layer of the registry, or 'converted' in another network."""
         return layer_of(self.config['architecture'])
 
     @property
@@ -108,13 +91,13 @@ class Card:
 
     @property
     def layer_args(self) -> Dict[str, Any]:
-        """Those of the model's arguments that its layers have a use for."""
+        """The model's arguments that its layers use."""
         known = layer_arguments(self.layer) if self.layer in REGISTRY else ()
         return {name: value for name, value in self.config.get('model_args', {}).items() if name in known}
 
     @property
     def has_name(self) -> bool:
-        """Whether the architecture's name stands for this network, whose weights it then loads."""
+        """Whether the architecture's name alone creates this network, so that the weights load by name."""
         if self.layer == 'converted':
             return False
         named = timm.create_model(
@@ -133,7 +116,7 @@ class Card:
     def parameters(self) -> int:
         return count_parameters(self.model)
 
-    @property
+    @cached_property
     def macs(self) -> int:
         return count_macs(self.model, tuple(self.size))
 
@@ -144,7 +127,7 @@ class Card:
 
     @property
     def form(self) -> str:
-        """In which form the model has its layers."""
+        """How the model's layers differ from the paper's."""
         known = REGISTRY.get(self.layer)
         if known is None:
             return 'as the arguments say'
@@ -163,10 +146,8 @@ class Card:
     @cached_property
     @torch.no_grad()
     def shapes(self) -> Dict[str, Any]:
-        """Of the model's outputs for two images."""
-        images = torch.zeros(2, *self.size, device='meta')
-        features = self.model.forward_features(images)
-        maps = self.model.forward_intermediates(images, intermediates_only=True)
+        """Shapes of the model's outputs for two images."""
+        features, maps = self.model.forward_intermediates(torch.zeros(2, *self.size, device='meta'))
         return dict(
             features=tuple(features.shape),
             embeddings=tuple(self.model.forward_head(features, pre_logits=True).shape),
@@ -174,7 +155,7 @@ class Card:
 
     @cached_property
     def dataset(self) -> Tuple[str, str, str]:
-        """Identifier on the Hub or '', name, and evaluated split: as `export` was told, else as the run names them."""
+        """Identifier on the Hub or '', name, and evaluation split: those that `export` was given, else the run's."""
         args, told = self.run.args, self.evaluation
         source, _, given = args['dataset'].partition('/')
         hub_id = given if source.lower() == 'hfds' and given.count('/') == 1 else ''
@@ -195,9 +176,9 @@ class Card:
 
     @property
     def changed(self) -> List[str]:
-        """The run's arguments that its recipe has not."""
+        """The run's arguments that differ from its recipe."""
         args = self.run.args
-        expected = {**defaults(), **self.recipe, 'num_classes': args['num_classes']}  # which come from the data
+        expected = {**defaults(), **self.recipe, 'num_classes': args['num_classes']}  # which the data tell
         return [
             code(f'{key}: {value}') for key, value in args.items() if key not in PLACES and value != expected.get(key)]
 
@@ -212,17 +193,8 @@ class Card:
         return {key: text(value) for key, value in values.items() if value not in unused}
 
     @property
-    def software(self) -> str:
-        environments = self.run.environments
-        versions = ', '.join(f'{name} {environments[0][name]}' for name in ('timm', 'torch', 'convnn_timm'))
-        commits = dict.fromkeys(
-            e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
-            for e in environments if e['commit'])
-        return f'{versions} at commit {", then ".join(commits)}' if commits else versions
-
-    @property
     def differences(self) -> List[str]:
-        """In which arguments the twin's training differs."""
+        """The arguments in which the twin's training differs."""
         here, there = self.run.args, self.twins[0].args
         keys = {*here, *there} - PLACES - {'model', 'model_kwargs', 'convert'}
         return [
@@ -236,30 +208,36 @@ class Card:
 
     @property
     def step_time(self) -> str:
-        """Time of a training step, as a multiple of the twin's, or a dash."""
+        """Time of a training step as a multiple of the twin's; a dash if they do not compare."""
         return f'{self.timed[1].speed / self.timed[0].speed:.1f} x' if self.timed else '–'
 
     @property
     def comparison(self) -> List[Tuple[Any, ...]]:
         """Rows of the model and its twin."""
-        twin_time = '1' if self.timed else '–'
-        return [(*comparison_row(self.runs), self.step_time), (*comparison_row(self.twins), twin_time)]
+        twin, size = twin_model(self.twins[0].args)
+        return [
+            comparison_row(self.runs, self.parameters, self.macs, self.step_time),
+            comparison_row(self.twins, count_parameters(twin), count_macs(twin, size), '1' if self.timed else '–')]
 
 
-def comparison_row(runs: Sequence[Record]) -> Tuple[Any, ...]:
+def comparison_row(runs: Sequence[Record], parameters: int, macs: int, step_time: str) -> Tuple[Any, ...]:
     args = runs[0].args
+    arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
+    return (
+        code(args['model']), code(' '.join(f'{key}={value}' for key, value in arguments.items())) if arguments else '',
+        ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
+        f'{parameters / 1e6:.2f}', f'{macs / 1e9:.4f}', step_time)
+
+
+def twin_model(args: Dict[str, Any]) -> Tuple[nn.Module, Tuple[int, ...]]:
+    """The model that a run's arguments describe, without memory for its weights, and its input size."""
     kwargs = useful(layer_of(args['model']), args['model_kwargs'])
     if args['input_size']:
         kwargs['in_chans'] = args['input_size'][0]
     model = timm.create_model(args['model'], device='meta', num_classes=args['num_classes'], **kwargs)
     if args['convert']:
         convert(model, **args['convert'])
-    size = timm.data.resolve_data_config(args, model=model)['input_size']
-    arguments = useful(layer_of(args['model']), {**args['model_kwargs'], **args['convert']})
-    return (
-        code(args['model']), code(' '.join(f'{key}={value}' for key, value in arguments.items())) if arguments else '',
-        ', '.join(str(run.args['seed']) for run in runs), runs[0].epochs, accuracy(runs), accuracy(runs, 'eval_top5'),
-        f'{count_parameters(model) / 1e6:.2f}', f'{count_macs(model, size) / 1e9:.4f}')
+    return model, timm.data.resolve_data_config(args, model=model)['input_size']
 
 
 def read_card(folder: Path, name: str) -> Card:

@@ -57,6 +57,15 @@ class Record:
     def machine(self) -> str:
         return ', then '.join(self.machines)
 
+    @property
+    def software(self) -> str:
+        """Versions of the packages, and the commits of this one."""
+        versions = ', '.join(f'{name} {self.environments[0][name]}' for name in ('timm', 'torch', 'convnn_timm'))
+        commits = dict.fromkeys(
+            e['commit'] + (' with uncommitted changes' if e['uncommitted_changes'] else '')
+            for e in self.environments if e['commit'])
+        return f'{versions} at commit {", then ".join(commits)}' if commits else versions
+
 
 def read_runs(folder: Path) -> List[Record]:
     """The record in a folder, and those of its repetitions in the folder's seeds/."""
