@@ -1,9 +1,8 @@
 """To the Hub: push the folder of a published weight, and check what arrived."""
-import hashlib
 import re
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
@@ -27,8 +26,7 @@ def push(
 ) -> Tuple[str, str, bool]:
     """Bring a published weight's folder to the Hub, check what arrived there, and record its commit.
 
-    What is there already is not sent again, so an interrupted call can be repeated. If nothing differs, nothing is
-    committed.
+    The client sends and commits only what differs, so an interrupted call can be repeated.
 
     Args:
         folder: The folder, its name that of the weight.
@@ -63,11 +61,11 @@ def push(
                 f'private')
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        operations = list(changes(api, repo, revision, files))
-        if operations:
-            commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
-        else:
-            commit = api.repo_info(repo, revision=revision).sha
+        before = api.model_info(repo, revision=revision)
+        others = [file.rfilename for file in before.siblings or () if file.rfilename not in files]
+        operations = [CommitOperationAdd(path, file) for path, file in files.items()]
+        operations += [CommitOperationDelete(path) for path in others if is_replaced(path)]
+        commit = api.create_commit(repo, operations, commit_message=f'Upload {name}', revision=revision).oid
 
     check_remote(repo, commit, files, entry)
     entry = dict(entry, hub_id=repo, revision=commit)
@@ -75,7 +73,7 @@ def push(
         write_entry(entry)
     elif _weights.PACKAGE not in folder.resolve().parents:  # an installed copy stays as it is
         write_entry_file(entry, folder)
-    return repo, commit, bool(operations)
+    return repo, commit, commit != before.sha
 
 
 def check_access(owner: str) -> None:
@@ -109,19 +107,9 @@ def content_of(file: Union[Path, bytes]) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
-def changes(api: HfApi, repo: str, revision: Optional[str], files: Dict[str, Union[Path, bytes]]) -> Iterator[Any]:
-    """What brings files to the repository."""
-    remote = {
-        file.path: file.lfs.sha256 if file.lfs else file.blob_id
-        for file in api.list_repo_tree(repo, recursive=True, revision=revision) if hasattr(file, 'blob_id')}
-    for path, file in files.items():
-        content = content_of(file)
-        oids = hashlib.sha256(content).hexdigest(), hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-        if remote.get(path) not in oids:
-            yield CommitOperationAdd(path, file)
-    for path in sorted(remote.keys() - files.keys()):  # what others added stays, but for weights that these replace
-        if is_exported(path) or '/' not in path and PurePosixPath(path).suffix in FORMATS:
-            yield CommitOperationDelete(path)
+def is_replaced(path: str) -> bool:
+    """Whether a push removes a file that its folder lacks: one of a former export, or other weights. The rest stays."""
+    return is_exported(path) or '/' not in path and PurePosixPath(path).suffix in FORMATS
 
 
 def check_remote(repo: str, commit: str, files: Dict[str, Union[Path, bytes]], entry: Dict[str, Any]) -> None:

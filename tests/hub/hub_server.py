@@ -108,6 +108,7 @@ class Hub:
 
     def add_repository(self, name: str, files: Dict[str, bytes], private: bool = False) -> str:
         """Make a repository with these files on `main`; returns the commit."""
+        self.storage.update({sha256(content): content for path, content in files.items() if path.endswith(LARGE)})
         self.repositories[name] = Repository(private)
         return self.repositories[name].commit('main', dict(files))
 
@@ -352,7 +353,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, b'', {**headers, 'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found'})
         elif path.endswith(LARGE):
             oid = sha256(content)
-            self.hub.storage.setdefault(oid, content)
             self.send(302, b'', {
                 **headers, 'X-Linked-Etag': f'"{oid}"', 'X-Linked-Size': len(content),
                 'Location': f'http://localhost:{self.hub.port}/lfs/{oid}'})

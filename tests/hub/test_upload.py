@@ -187,7 +187,7 @@ def test_push_publishes_nothing_that_export_did_not_write(session, hub):
     ('POST', '/commit/', 'after', 1, f"{PROJECT}: Server error '500 Internal Server Error'"),
     ('POST', '/commit/', 'cut', 1, f'{PROJECT}: Server disconnected'),
     ('PUT', '/lfs/', 'cut', 99, f'{PROJECT}: '),
-    ('GET', '/tree/', 404, 1, f"{PROJECT}: Client error '404 Not Found'"),
+    ('GET', '/api/models/', 404, 1, f"{PROJECT}: Client error '404 Not Found'"),
     ('GET', '/lfs/', 'flip', 1, 'is not what was sent, and is not recorded. Push again:'),
 ])
 def test_push_continues_after_a_fault(session, hub, method, path, fault, times, message):
