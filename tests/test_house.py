@@ -69,3 +69,9 @@ def test_imports_run_downward_only():
 def test_an_import_upward_is_found(name, line, fault):
     found = list(upward(name, line))
     assert [text.partition(': ')[2] for text in found] == ([fault] if fault else [])
+
+
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports each by its bare name, and a second one of a name not at all."""
+    names = [file.name for file in Path(__file__).parent.rglob('test_*.py')]
+    assert sorted(names) == sorted(set(names))
