@@ -389,7 +389,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('-c', '--config', default='')
     first.add_argument('--evaluate', default='')
-    for name in 'experiment', 'img-size', 'input-size', 'model-kwargs', 'output', 'resume':
+    for name in 'experiment', 'img-size', 'input-size', 'model', 'model-kwargs', 'output', 'resume':
         first.add_argument('--' + name, nargs='*')
     given, _ = first.parse_known_args(argv)
     record = os.path.join(given.evaluate, 'args.yaml') if given.evaluate else ''
@@ -418,6 +418,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         check_values(args)
     except UsageError as error:
         parser.error(str(error))
+    if not (given.config or record or given.model):
+        parser.error(
+            'which network? -c NAME takes a recipe, such as finetune, which starts from the published weights; '
+            '--model NAME trains another network (convnn-timm list)')
     return args
 
 

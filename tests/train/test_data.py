@@ -257,10 +257,11 @@ def test_the_recipe_for_photographs_starts_from_published_weights(photos, tmp_pa
 
 def test_photographs_are_held_out_of_every_class(photos):
     def split(*argv):
-        args = parse_args([str(photos), *argv])
+        args = parse_args([str(photos), '--model', 'test_resnet', *argv])
         train_part, eval_part, names = create_parts(args)
         assert names == list(CLASSES) and set(train_part.indices).isdisjoint(eval_part.indices)
-        again = parse_args([str(photos), '--holdout', '0', '--holdout-share', str(args.holdout_share)])
+        share = ['--holdout', '0', '--holdout-share', str(args.holdout_share)]
+        again = parse_args([str(photos), '--model', 'test_resnet', *share])
         assert create_parts(again)[1].indices == eval_part.indices
         classes = class_numbers(eval_part.dataset)
         return [Counter(classes[i] for i in part.indices) for part in (train_part, eval_part)]

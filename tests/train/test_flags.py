@@ -96,7 +96,8 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     (['x', '--scale', '0.5'], 'argument --scale: expected 2 arguments'),
     (['x', '--opt-betas', '0.9'], '--opt-betas must be two numbers or more, got [0.9]'),
     (['x', '--cutmix', '1', '-b', '7'], '--mixup and --cutmix pair the images: --batch-size must be even, got 7'),
-    (['/nowhere'], 'there is no folder /nowhere'),
+    (['/nowhere', '--model', 'resnet18'], 'there is no folder /nowhere'),
+    (['x'], 'which network? -c NAME takes a recipe, such as finetune'),
     (['x', '--train-sizes', '8', '0'], '--train-sizes must be 1 or more, got [8, 0]'),
     (['x', '--epochs', '0'], '--epochs must be 1 or more, got 0'),
     (['x', '--workers', '-1'], '--workers must be from 0 to 512, got -1'),
@@ -107,8 +108,8 @@ def test_wrong_recipe(tmp_path, text, message, capsys):
     (['x', '--decay-epochs', '0'], '--decay-epochs must be more than 0, got 0.0'),
     (['x', '--grad-accum-steps', '-1'], '--grad-accum-steps must be 1 or more'),
     (['x', '--model-kwargs', 'foo'], 'take KEY=VALUE'),
-    (['x', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
-    (['x', '--dataset', 'uoft-cs/cifar10'], 'e.g. torch/cifar10 or hfds/uoft-cs/cifar10'),
+    (['x', '--model', 'resnet18', '--dataset', 'cifar10'], '--dataset cifar10: name it with its source, e.g. torch/cifar10'),
+    (['x', '--model', 'resnet18', '--dataset', 'uoft-cs/cifar10'], 'e.g. torch/cifar10 or hfds/uoft-cs/cifar10'),
     (['--evaluate', 'nowhere', 'x'], 'nowhere is no run folder: it has no args.yaml'),
 ])
 def test_wrong_command_line(argv, message, capsys):
