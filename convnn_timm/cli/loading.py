@@ -45,7 +45,8 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
     import timm
     from convnn_timm.models._checkpoint import checkpoint_kwargs
     from convnn_timm.models._common import unknown_model
-    from convnn_timm.models._weights import HUB_FAILURES, WeightsError, download, explain, explained, split_revision
+    from convnn_timm.models._weights import (
+        HUB_FAILURES, WeightsError, check_reach, download, explain, explained, split_revision)
 
     try:
         source, model_id = timm.models.parse_model_name(name)
@@ -68,6 +69,8 @@ def load_model(name: str, checkpoint: Optional[str] = None) -> 'nn.Module':
         kwargs = checkpoint_kwargs(name, Path(checkpoint))
     try:
         with announced(f'loading {name}'):
+            if source is None and not checkpoint:
+                check_reach(name)
             return timm.create_model(name, pretrained=True, **kwargs)
     except WeightsError:
         raise

@@ -155,11 +155,14 @@ class Card:
 
     @cached_property
     def dataset(self) -> Tuple[str, str, str]:
-        """Identifier on the Hub or '', name, and evaluation split: those that `export` was given, else the run's."""
+        """Identifier on the Hub or '', name, and evaluation split or '' for images held out of the training folder.
+
+        They are those that `export` was given, else the run's.
+        """
         args, told = self.run.args, self.evaluation
         source, _, given = args['dataset'].partition('/')
         hub_id = given if source.lower() == 'hfds' and given.count('/') == 1 else ''
-        folder, split = Path(args['data_dir']).name, told['split']
+        folder, split = Path(args['data_dir']).name, '' if args['holdout_id'] else told['split']
         name = given or (f'the folder {folder}' if folder else 'a folder')
         if source.lower() == 'torch' and given.lower() in DATASETS:
             hub_id, name, own_split = DATASETS[given.lower()]
@@ -284,7 +287,7 @@ def metadata(card: Card) -> ModelCardData:
                 task_type='image-classification',
                 dataset_type=dataset_id or (printable(name) if card.run.args['dataset'] else 'imagefolder'),
                 dataset_name=printable(card.data),
-                dataset_split=split,
+                dataset_split=split or None,
                 metric_type='accuracy',
                 metric_name=label,
                 metric_value=round(measured[key], 2),

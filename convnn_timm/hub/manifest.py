@@ -37,7 +37,6 @@ def make_entry(folder: Path, name: str) -> Dict[str, Any]:
         sha256=sha256(folder / WEIGHTS),
         top1=round(results['top1'], 4),
         top5=round(results['top5'], 4),
-        dataset=evaluation['tag'],
         commit=environment['commit'],
         hub_id=f'{namespace()}/{name}',
         revision=None,

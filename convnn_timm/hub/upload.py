@@ -43,6 +43,8 @@ def push(
     owner = owner or namespace()
     name = weight_name(folder)
     repo = f'{owner}/{name}'
+    if not folder.is_dir():
+        raise WeightsError(f'there is no folder {folder}')
     check_access(owner)  # before any file is read
     entry = read_entry(folder)
     if entry is None:

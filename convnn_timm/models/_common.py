@@ -75,7 +75,10 @@ def check_fits(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
         f'has {{}} tensors that {kind} lacks': [name for name in found if name not in own],
         f'has {{}} tensors of {kind} in another shape': [
             name for name in own
-            if own[name] != found.get(name, own[name]) and name.rpartition('.')[0] not in first]}
+            if own[name] != found.get(name, own[name]) and name.rpartition('.')[0] not in first] + [
+            name for name in (f'{head}.weight' for head in heads)
+            if name in state_dict and name in (weights := model.state_dict())
+            and state_dict[name].shape[1:] != weights[name].shape[1:]]}
     if problems := [
             f'{text.format(len(names))}, among them {", ".join(names[:3])}'
             for text, names in differing.items() if names]:
@@ -188,7 +191,8 @@ def _differing(
     defaults = {
         name: parameter.default for init in (*(cls.__init__ for cls in reversed(network.__mro__)), LAYER_TYPES[layer])
         for name, parameter in inspect.signature(init).parameters.items()
-        if parameter.default is not parameter.empty and name != 'bias'}  # its default depends on the network
+        if parameter.default is not parameter.empty}
+    defaults.update(kernel_size=3, bias=network.layer_bias)
     first, second = ({**defaults, **model_args, **arguments} for arguments in (trained, asked))
     ignored = NOT_OF_THE_WEIGHTS | {*layer_arguments()} - {*layer_arguments(layer)}
     pairs = {name: (first[name], second[name]) for name in sorted(names & first.keys() & second.keys() - ignored)}
@@ -205,6 +209,6 @@ def _values(differing: Dict[str, Tuple[Any, Any]], which: int) -> str:
 
 def unknown_model(name: str) -> str:
     """What to say of a name that timm does not know."""
-    close = difflib.get_close_matches(name, timm.list_models(include_tags=True) + timm.list_models())
+    close = difflib.get_close_matches(name, {*timm.list_models(include_tags=True), *timm.list_models()})
     hint = f'did you mean {", ".join(close)}?' if close else '`convnn-timm list` shows those of this package'
     return f'unknown model {name!r}; {hint}'

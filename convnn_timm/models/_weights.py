@@ -26,15 +26,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_in_modules, resolve_pretrained_cfg
 
 from convnn_timm.errors import UserError
 
 __all__ = [
     'FORMATS', 'HUB_FAILURES', 'MODEL_CARDS', 'WEIGHTS', 'OtherWeights', 'WeightsError', 'cached_file', 'check_file',
-    'checkout', 'download', 'explain', 'explained', 'find_entry', 'find_weights', 'hub_id', 'is_out_of_reach',
-    'local_file', 'manifest_revision', 'named_entry', 'namespace', 'own_zoo', 'published_names', 'read_manifest',
-    'sha256', 'split_revision', 'with_weights']
+    'check_reach', 'checkout', 'download', 'explain', 'explained', 'find_entry', 'find_weights', 'hub_id',
+    'is_out_of_reach', 'local_file', 'manifest_revision', 'named_entry', 'namespace', 'own_zoo', 'published_names',
+    'read_manifest', 'sha256', 'split_revision', 'with_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -317,6 +317,22 @@ def is_out_of_reach(repo: str, revision: Optional[str] = None) -> bool:
     asking.start()
     asking.join(patience())
     return asking.is_alive() or refused.is_set()
+
+
+def check_reach(name: str) -> None:
+    """Make sure that timm can load a network's weights from the Hub or its cache; it would try for a minute.
+
+    Args:
+        name: Name of a network in timm. (Those of this package look for their weights themselves.)
+
+    Raises:
+        WeightsError: The Hub is out of reach, and the weights are not in the cache.
+    """
+    own = is_model_in_modules(name, {'convnn_resnet', 'convnn_vgg'})
+    cfg = None if own else get_pretrained_cfg(name)
+    if cfg and cfg.hf_hub_id and is_out_of_reach(cfg.hf_hub_id):
+        with explained(cfg.hf_hub_id):
+            cached_file(cfg.hf_hub_id, WEIGHTS)
 
 
 def hub_sha256(repo: str) -> str:

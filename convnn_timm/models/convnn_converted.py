@@ -17,7 +17,7 @@ from timm.models import (
 
 from convnn_timm import conversion
 from ._common import check_fits
-from ._weights import find_weights
+from ._weights import check_reach, find_weights
 
 __all__ = []
 
@@ -31,6 +31,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _build(base: str, convert: List[Dict[str, Any]], pretrained: bool, **kwargs) -> nn.Module:
+    if pretrained:
+        check_reach(base)
     model = timm.create_model(base, pretrained=pretrained, **kwargs)
     for arguments in convert:
         conversion.convert(model, **arguments)

@@ -55,6 +55,7 @@ class ConvNNBottleneck(_ConvNNBlock, Bottleneck):
 
 class ConvNNResNet(ResNet):
     """ResNet whose blocks hold `layer`."""
+    layer_bias = False  # a norm follows each layer
 
     def __init__(
             self,

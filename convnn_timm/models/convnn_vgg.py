@@ -41,6 +41,7 @@ def _create_conv(
 
 class ConvNNVGG(VGG):
     """VGG whose feature layers are `layer`."""
+    layer_bias = True
 
     def __init__(
             self,

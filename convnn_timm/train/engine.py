@@ -39,6 +39,7 @@ from convnn_timm.errors import UserError
 from convnn_timm.images import printable
 from convnn_timm.macs import count_macs
 from convnn_timm.models._common import unknown_model
+from convnn_timm.models._weights import check_reach
 from .data import Part, check_class_names, check_classes, create_batches, create_parts, epoch_seed, fit_batch_size
 from .flags import UsageError, build_parser, explained, parse_args
 from .run_folder import (
@@ -235,6 +236,8 @@ def create_model(args: argparse.Namespace, resumed: bool = False) -> nn.Module:
     if weights and not os.path.isfile(weights):
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file')
     try:
+        if args.pretrained and ':' not in args.model:
+            check_reach(args.model)
         model = timm.create_model(
             args.model,
             pretrained=args.pretrained,

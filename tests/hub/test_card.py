@@ -190,6 +190,15 @@ def test_the_data_is_what_the_run_and_the_user_say_it_is(card, args, told, name,
     assert result.dataset_name == f'{name} (made of noise)' and result.dataset_split == split
 
 
+def test_images_held_out_of_a_folder_are_no_split(card):
+    rewrite(card / 'training' / 'evaluation.json', dataset_id='', dataset_split='')
+    file = card / 'training' / 'args.yaml'
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), 'holdout_id': '0123', 'holdout_share': 0.2}))
+    write_card(card, NAME)
+    assert 'On all 24 images held out of the folder images (made of noise), mean' in (card / 'README.md').read_text()
+    assert ModelCard.load(card / 'README.md').data.eval_results[0].dataset_split is None
+
+
 def test_names_do_not_break_the_card(card, results_table):
     names = ['a|b', '- c', 'd\n\n# e', '*f*', '_g_h_', '`i`', '<b>', 'j\x07\udcff', '[k](l)']
     rewrite(card / 'config.json', label_names=names)

@@ -52,16 +52,17 @@ try:
 except Exception as error:
     print(type(error).__name__, error.__cause__, error.__suppress_context__, error)
     print(time.time() - start)
-for argv in (['verify', 'someone/mine'], ['pull', {NAME!r}], ['predict', 'x', '--model', 'hf-hub:someone/mine']):
+for argv in (['verify', 'someone/mine'], ['pull', {NAME!r}], ['predict', 'x', '--model', 'hf-hub:someone/mine'],
+             ['predict', 'x', '--model', 'resnet18.a1_in1k']):
     start = time.time()
     run(*argv)
     print(time.time() - start)
 """, **out_of_reach)
     assert done.lines[0].startswith('WeightsError None True '), done.out
-    assert all(float(seconds) < 5 for seconds in done.lines[1::2]) and done.lines[2::2] == ['status 1'] * 3, done.out
+    assert all(float(seconds) < 5 for seconds in done.lines[1::2]) and done.lines[2::2] == ['status 1'] * 4, done.out
     messages = [done.lines[0], *done.err.splitlines()]
-    assert len(messages) == 4, done.err
-    for message, repo in zip(messages, (PROJECT, 'someone/mine', PROJECT, 'someone/mine')):
+    repositories = PROJECT, 'someone/mine', PROJECT, 'someone/mine', 'timm/resnet18.a1_in1k'
+    for message, repo in zip(messages, repositories, strict=True):
         assert f'{repo} is not in the cache, and the Hub (http://127.0.0.1:' in message
         assert 'cannot be reached. Try again with a connection; HF_HUB_ETAG_TIMEOUT=30 waits longer' in message
 

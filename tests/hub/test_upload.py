@@ -113,6 +113,11 @@ def test_push_makes_nothing_public_that_was_to_be_private(session, hub):
     assert hub.files(f'alice/{NAME}').keys() == {'notes.md'} and not hub.asked('PUT')
 
 
+def test_push_of_no_folder(session):
+    done = session("run('push', 'cards/nothing')")
+    assert done.lines == ['status 1'] and 'there is no folder cards/nothing' in done.err
+
+
 @pytest.mark.parametrize('token, message', [
     ('', 'you are not logged in: run `hf auth login`, or set HF_TOKEN; '),
     ('hf_wrong', 'the Hub does not know your token'),

@@ -323,7 +323,9 @@ def test_one_name_is_one_network(name):
     (dict(K=5), 'K=9', 'K=5'), (dict(branch_ratio=0.25, num_classes=3), 'branch_ratio=0.125', 'branch_ratio=0.25'),
     (dict(channels=(16, 16, 16, 16), device='cpu'), 'channels=(64, 128, 256, 512)', 'channels=(16, 16, 16, 16)'),
     (dict(branch_mix=True, num_classes=3), 'branch_mix=False', 'branch_mix=True'),
-    (dict(layers=(1, 1, 1, 1)), 'layers=(2, 2, 2, 2)', 'layers=(1, 1, 1, 1)')])
+    (dict(layers=(1, 1, 1, 1)), 'layers=(2, 2, 2, 2)', 'layers=(1, 1, 1, 1)'),
+    (dict(kernel_size=5), 'kernel_size=3', 'kernel_size=5'), (dict(bias=True), 'bias=False', 'bias=True'),
+    (dict(global_pool='catavgmax'), 'global_pool=avg', 'global_pool=catavgmax')])
 def test_weights_for_other_arguments_are_refused_in_words(options, trained, asked):
     with pytest.raises(WeightsError) as error:
         timm.create_model('resnet18_convnn_branching', pretrained=True, **options)
