@@ -14,7 +14,7 @@ from convnn_timm import __version__
 from convnn_timm.errors import UserError
 
 from . import export_onnx, hub, inspect, predict, start, train
-from .terminal import INTERRUPTED, CommandError, announced, report
+from .terminal import INTERRUPTED, CommandError, importing, report
 
 __all__ = ['build_parser', 'main']
 
@@ -77,7 +77,7 @@ def execute(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # print what the terminal cannot show as \x.., not fail
         sys.stdout.reconfigure(errors='backslashreplace')
     if args.command is not start.quickstart:  # which reports its steps itself
-        with announced('loading PyTorch'):
+        with importing('PyTorch'):
             importlib.import_module('timm')
     return args.command(args) or 0
 

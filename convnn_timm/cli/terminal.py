@@ -1,4 +1,6 @@
 """What a command says beside its result, all of it on stderr."""
+import os
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -6,7 +8,7 @@ from typing import Iterator
 
 from convnn_timm.errors import UserError, printable
 
-__all__ = ['INTERRUPTED', 'CommandError', 'announced', 'note', 'one_line', 'report', 'say', 'wrong_values']
+__all__ = ['INTERRUPTED', 'CommandError', 'announced', 'importing', 'note', 'one_line', 'report', 'say', 'wrong_values']
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 PATIENCE = 2.  # seconds of silence
@@ -39,6 +41,25 @@ def announced(work: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def importing(what: str) -> Iterator[None]:
+    """Announce a long import, which Ctrl-C ends with the process: as an exception, it may get lost in an extension."""
+    def stop(*_) -> None:
+        report('interrupted', INTERRUPTED)
+        os._exit(INTERRUPTED)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    in_charge = usual and threading.current_thread() is threading.main_thread()  # others cannot set a handler
+    if in_charge:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        with announced(f'loading {what}'):
+            yield
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

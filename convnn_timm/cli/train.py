@@ -2,7 +2,7 @@
 import argparse
 from typing import Callable, List
 
-from .terminal import CommandError, announced
+from .terminal import CommandError, importing
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -18,7 +18,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def train(argv: List[str]) -> int:
-    with announced('loading PyTorch'):
+    with importing('PyTorch'):
         from convnn_timm.train.engine import main
     try:
         main(argv)

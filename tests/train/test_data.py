@@ -294,4 +294,4 @@ def test_a_class_of_one_photograph(photos, tmp_path):
     (photos / 'a\x1b[31mpe').mkdir()
     shutil.copy(photos / 'bee' / '0.png', photos / 'a\x1b[31mpe')
     with pytest.raises(SystemExit, match=r'one to evaluate on is the least, and there is only one of a\\x1b\[31mpe'):
-        main([str(photos), '--output', str(tmp_path / 'out')])
+        main([str(photos), '--model', 'test_resnet', '--output', str(tmp_path / 'out')])
