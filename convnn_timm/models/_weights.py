@@ -330,9 +330,12 @@ def check_reach(name: str) -> None:
     """
     own = is_model_in_modules(name, {'convnn_resnet', 'convnn_vgg'})
     cfg = None if own else get_pretrained_cfg(name)
-    if cfg and cfg.hf_hub_id and is_out_of_reach(cfg.hf_hub_id):
-        with explained(cfg.hf_hub_id):
-            cached_file(cfg.hf_hub_id, WEIGHTS)
+    repo = cfg.hf_hub_id if cfg else None
+    files = WEIGHTS, 'pytorch_model.bin'  # timm takes the second where the first is missing
+    if repo and not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
+        if is_out_of_reach(repo):
+            with explained(repo):
+                cached_file(repo, WEIGHTS)
 
 
 def hub_sha256(repo: str) -> str:
